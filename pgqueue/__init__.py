@@ -1,0 +1,68 @@
+"""A durable job queue for Python teams that already run Postgres.
+
+Importing this loads no database driver, no command line and no worker.
+"""
+
+from pgqueue.app import PgQueue
+from pgqueue.enqueue import JobOptions
+from pgqueue.errors import (
+    ConfigError,
+    DatabaseError,
+    DatabaseUnavailable,
+    DuplicateTask,
+    EnqueueError,
+    EnqueueUncertain,
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    JobNotFound,
+    NotInTransaction,
+    PayloadError,
+    PgQueueError,
+    ResultError,
+    ResultUnavailable,
+    Retry,
+    SchemaMismatch,
+    Signal,
+    UnknownTask,
+    UnsupportedConnection,
+    WorkerError,
+    WrongDatabase,
+)
+from pgqueue.result import AsyncResult
+from pgqueue.task import Request, Signature, Task, TaskContext
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncResult",
+    "ConfigError",
+    "DatabaseError",
+    "DatabaseUnavailable",
+    "DuplicateTask",
+    "EnqueueError",
+    "EnqueueUncertain",
+    "JobCancelled",
+    "JobExpired",
+    "JobFailed",
+    "JobNotFound",
+    "JobOptions",
+    "NotInTransaction",
+    "PayloadError",
+    "PgQueue",
+    "PgQueueError",
+    "Request",
+    "ResultError",
+    "ResultUnavailable",
+    "Retry",
+    "SchemaMismatch",
+    "Signal",
+    "Signature",
+    "Task",
+    "TaskContext",
+    "UnknownTask",
+    "UnsupportedConnection",
+    "WorkerError",
+    "WrongDatabase",
+    "__version__",
+]

@@ -1,0 +1,177 @@
+"""Every exception pgqueue raises, as one tree.
+
+::
+
+    PgQueueError
+    ├── ConfigError (ValueError)            an option, a task definition or an environment variable is wrong
+    │   └── DuplicateTask                   two functions claim one task name
+    ├── PayloadError (ValueError)           arguments, headers or a result that cannot be stored or read back
+    ├── UnknownTask (LookupError)           no function is registered under that name
+    ├── EnqueueError                        a job was not enqueued
+    │   ├── NotInTransaction                the caller's connection has no transaction that the caller ends
+    │   ├── UnsupportedConnection (TypeError)  a connection of a kind, or bound in a way, we cannot use
+    │   ├── WrongDatabase                   the caller's connection is on a database without this queue
+    │   └── EnqueueUncertain                the COMMIT answer was lost and a repeat cannot settle it
+    ├── ResultError                         `AsyncResult.get` has no value to return
+    │   ├── JobFailed                       the job is a dead letter
+    │   ├── JobCancelled
+    │   ├── JobExpired
+    │   ├── JobNotFound                     no such job for five seconds
+    │   └── ResultUnavailable               it succeeded, but its result was not stored
+    ├── DatabaseError                       the queue's own database work failed
+    │   ├── DatabaseUnavailable             it cannot be reached, or refused us
+    │   └── SchemaMismatch                  the schema is missing or at another revision
+    └── WorkerError                         a worker could not start or go on
+    Signal (BaseException)                  raised *by* task code to steer its own job
+    └── Retry                               run again later
+
+`Signal` derives from `BaseException` so that `except Exception` in a task does not swallow it.
+Bad arguments of ours are plain `ValueError` or `TypeError`. Messages say the rule, the value and the way out.
+"""
+
+from __future__ import annotations
+
+
+class PgQueueError(Exception):
+    """Base class of pgqueue's exceptions."""
+
+
+class ConfigError(PgQueueError, ValueError):
+    """An option, a task definition or an environment variable is wrong."""
+
+
+class DuplicateTask(ConfigError):
+    """Two functions claim one task name."""
+
+
+class PayloadError(PgQueueError, ValueError):
+    """Arguments, headers or a result that cannot be stored, or not be read back."""
+
+
+class UnknownTask(PgQueueError, LookupError):
+    """No function is registered under the job's task name."""
+
+
+class EnqueueError(PgQueueError):
+    """A job was not enqueued."""
+
+
+class NotInTransaction(EnqueueError):
+    """The caller's connection has no open transaction that the caller will end."""
+
+
+class UnsupportedConnection(EnqueueError, TypeError):
+    """A connection of a kind we do not know, or bound in a way we cannot use."""
+
+
+class WrongDatabase(EnqueueError):
+    """The caller's connection is on a database that does not hold this queue."""
+
+
+class EnqueueUncertain(EnqueueError):
+    """The connection broke before the database's answer came, and repeating did not settle it.
+
+    Attributes:
+        job_id: Repeat the call with `job_id=` this to enqueue it at most once.
+    """
+
+    def __init__(self, message: str, *, job_id: str) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+
+class ResultError(PgQueueError):
+    """`AsyncResult.get` has no value to return.
+
+    Attributes:
+        job_id: The job asked about.
+    """
+
+    def __init__(self, message: str, *, job_id: str) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+
+class JobFailed(ResultError):
+    """The job is a dead letter.
+
+    Attributes:
+        reason: Why it is dead, one of the words of `dead_letters.reason`.
+        error_class: Dotted name of the last exception's class, or None.
+        error_message: Its message, or None.
+        remote_traceback: Its traceback as text, or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        job_id: str,
+        reason: str,
+        error_class: str | None = None,
+        error_message: str | None = None,
+        remote_traceback: str | None = None,
+    ) -> None:
+        super().__init__(message, job_id=job_id)
+        self.reason = reason
+        self.error_class = error_class
+        self.error_message = error_message
+        self.remote_traceback = remote_traceback
+
+
+class JobCancelled(ResultError):
+    """The job was cancelled before it ran, or while it ran."""
+
+
+class JobExpired(ResultError):
+    """The job's `expires` passed before it could run."""
+
+
+class JobNotFound(ResultError):
+    """No job has this id: never committed, already pruned, or another database's."""
+
+
+class ResultUnavailable(ResultError):
+    """The job succeeded but its result was not stored; the message says why."""
+
+
+class DatabaseError(PgQueueError):
+    """The queue's own database work failed."""
+
+
+class DatabaseUnavailable(DatabaseError):
+    """The database cannot be reached, or refused us."""
+
+
+class SchemaMismatch(DatabaseError):
+    """The schema is missing, or at a revision this pgqueue does not work with."""
+
+
+class WorkerError(PgQueueError):
+    """A worker could not start, or cannot go on."""
+
+
+class Signal(BaseException):
+    """Raised by task code to steer its own job; not an error."""
+
+
+class Retry(Signal):
+    """Run this job again later; made by `self.retry(...)`.
+
+    Attributes:
+        delay: Seconds from now, or None for the task's policy.
+        cause: The exception that led here, or None.
+        max_retries: A limit for this job from now on, or None to keep the one it has.
+    """
+
+    def __init__(
+        self,
+        *,
+        delay: float | None = None,
+        cause: BaseException | None = None,
+        max_retries: int | None = None,
+    ) -> None:
+        super().__init__(f"retry in {delay} s" if delay is not None else "retry")
+        self.delay = delay
+        self.cause = cause
+        self.max_retries = max_retries
