@@ -1,0 +1,23 @@
+-- End jobs of one attempt number: out of jobs, into history. Fenced: a row counts only while it is still running this
+-- attempt for this worker. Locks: the jobs rows, in id order. Index: jobs_pkey; IS NOT DISTINCT FROM keeps the planner
+-- from walking jobs_running instead, with all its dead entries.
+-- One row: how many ended, and, when some were stale, the ids of those that did end.
+-- Times are seconds before now, so that only the database's clock is ever stored.
+WITH gone AS (
+    DELETE FROM {schema}.jobs
+    WHERE id = ANY (%(ids)s::uuid[]) AND attempt = %(attempt)s::integer AND worker_id IS NOT DISTINCT FROM %(worker)s::text
+      AND state = 'running'
+    RETURNING *, array_position(%(ids)s::uuid[], id) AS nth
+), kept AS (
+    INSERT INTO {schema}.finished_jobs (id, state, queue, task, args, kwargs, priority, eta, expires_at, attempt, retries,
+        crashes, rescues, worker_id, enqueued_at, enqueued_by, claimed_at, started_at, finished_at, unique_key, headers,
+        result, result_error)
+    SELECT id, %(state)s::text, queue, task, args, kwargs, priority, eta, expires_at, attempt, retries,
+        crashes, rescues, worker_id, enqueued_at, enqueued_by, claimed_at,
+        CASE %(state)s::text WHEN 'succeeded' THEN clock_timestamp() - (%(started_ago)s::float8[])[nth] * interval '1 second' END,
+        clock_timestamp() - (%(finished_ago)s::float8[])[nth] * interval '1 second', unique_key, headers,
+        (%(results)s::text[])[nth]::jsonb, (%(result_errors)s::text[])[nth]
+    FROM gone
+)
+SELECT count(*) AS done, CASE WHEN count(*) < cardinality(%(ids)s::uuid[]) THEN array_agg(id::text) END AS done_ids
+FROM gone

@@ -1,0 +1,39 @@
+-- Claim up to `batch` ready jobs for one worker, lane by lane, each lane beyond its cursor in order of position.
+-- Locks: exactly the rows it returns, in lane order; rows that others hold are skipped, so claims never wait.
+-- Index: jobs_ready per lane, jobs_pkey for the update. `= ANY (ARRAY(…))` instead of a join: on a bloated table with few
+-- live rows the planner turns a join into a full scan. No ORDER BY outside: it would lock one row more than it returns.
+-- A fenced or missing worker gets nothing. Args are printed up to 8 kB a value, so 500 jobs stay under 8 MiB; NULL means
+-- fetch them with load_payload. Always one row; xmin and xmax are of the snapshot that looked.
+WITH taken AS (
+    UPDATE {schema}.jobs
+    SET state = 'running', attempt = attempt + 1, worker_id = %(worker)s::text, claimed_at = now()
+    WHERE id = ANY (ARRAY(
+        SELECT found.id
+        FROM unnest(%(queues)s::text[], %(priorities)s::smallint[], %(after)s::bigint[], %(upto)s::bigint[],
+                    %(most)s::integer[]) AS lane(queue, priority, after, upto, most),
+             LATERAL (
+                 SELECT id FROM {schema}.jobs
+                 WHERE state = 'ready' AND queue = lane.queue AND priority = lane.priority
+                   AND position > lane.after AND position <= lane.upto
+                 ORDER BY position LIMIT lane.most FOR UPDATE SKIP LOCKED
+             ) AS found
+        WHERE (SELECT NOT fenced FROM {schema}.workers WHERE id = %(worker)s::text)
+        LIMIT %(batch)s::integer
+    ))
+    RETURNING id, queue, priority, position, task, args, kwargs, headers, attempt, retries, max_retries, crashes, eta,
+              expires_at
+)
+SELECT coalesce(json_agg(json_build_array(
+           id, queue, priority, position, task,
+           CASE WHEN octet_length(args_text) <= 8192 AND octet_length(kwargs_text) <= 8192 THEN args_text END,
+           CASE WHEN octet_length(args_text) <= 8192 AND octet_length(kwargs_text) <= 8192 THEN kwargs_text END,
+           CASE WHEN pg_column_size(headers) <= 2048 THEN headers::text ELSE '{}' END,
+           attempt, retries, max_retries, crashes,
+           CASE WHEN isfinite(eta) THEN extract(epoch FROM eta)::float8 END,
+           coalesce(expires_at <= now(), false)
+       ))::text, '[]') AS document,
+       pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS xmin,
+       pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS xmax
+FROM (SELECT *, CASE WHEN pg_column_size(args) <= 8192 THEN args::text END AS args_text,
+             CASE WHEN pg_column_size(kwargs) <= 8192 THEN kwargs::text END AS kwargs_text
+      FROM taken OFFSET 0) AS printed

@@ -1,0 +1,2 @@
+-- The heartbeat counters of the workers that are not fenced.
+SELECT id, heartbeat FROM {schema}.workers WHERE NOT fenced

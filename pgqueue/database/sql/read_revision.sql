@@ -1,0 +1,2 @@
+-- The revision the schema is at.
+SELECT version_num FROM {schema}.alembic_version

@@ -1,0 +1,34 @@
+-- Move dead letters back to jobs, with a note in the audit log for each. The attempt stays: it only ever grows. They are
+-- placed at the end of their lanes in the order they were once enqueued, but inserted in the order of their unique keys,
+-- so that two batches that share keys wait for each other instead of deadlocking.
+-- Locks: the dead_letters rows, in id order, skipping held ones; then the new jobs rows. Index: dead_letters_pkey.
+-- Rows: one for each letter it got hold of; not moved: another live job has its id or its unique key. No row: there is no
+-- such letter, or somebody else is just moving or deleting it.
+WITH picked AS MATERIALIZED (
+    SELECT * FROM {schema}.dead_letters WHERE id = ANY (%(ids)s::uuid[]) ORDER BY id FOR UPDATE SKIP LOCKED
+), placed AS MATERIALIZED (
+    SELECT *, nextval('{schema}.jobs_position_seq') AS position
+    FROM (SELECT * FROM picked ORDER BY enqueued_at, id) AS in_turn
+), moved AS (
+    INSERT INTO {schema}.jobs (id, state, queue, task, args, kwargs, priority, position, attempt, max_retries, enqueued_at,
+        enqueued_by, unique_key, headers)
+    SELECT id, 'ready', queue, task, args, kwargs, priority, position, attempt, max_retries, enqueued_at,
+        enqueued_by, unique_key, headers
+    FROM placed
+    ORDER BY task, unique_key, id
+    ON CONFLICT DO NOTHING
+    RETURNING id
+), gone AS (
+    DELETE FROM {schema}.dead_letters WHERE id = ANY (ARRAY(SELECT id FROM moved))
+), noted AS (
+    INSERT INTO {schema}.audit_log (action, job_id, queue, reason, details)
+    SELECT 'requeue', id, queue, %(reason)s::text,
+           jsonb_strip_nulls(jsonb_build_object('by', %(by)s::text, 'died_at', died_at, 'dead_letter_queue', dead_letter_queue,
+               'dead_because', reason, 'error_class', error_class, 'retries', retries, 'crashes', crashes))
+    FROM picked
+    WHERE id IN (SELECT id FROM moved)
+    ORDER BY id
+)
+SELECT id::text AS id, queue, id IN (SELECT id FROM moved) AS moved
+FROM picked
+ORDER BY id

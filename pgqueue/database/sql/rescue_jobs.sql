@@ -1,0 +1,59 @@
+-- Take back running jobs whose worker is fenced or missing: a standing rule, whoever notices first. A job that its
+-- worker's heartbeat recorded as running has crashed; one whose start nobody recorded is only rescued. Too many of
+-- either buries it. Locks: those jobs rows, in order of worker, skipping held ones; then dead_letters rows.
+-- Index: jobs_running, only in the gaps between live workers, so their dead index entries are never walked over.
+-- Always one row: how many became ready or scheduled again, their queues, and how many were buried.
+WITH gap AS (
+    SELECT coalesce(lag(id) OVER (ORDER BY id), '') AS low, id AS high
+    FROM (SELECT id FROM {schema}.workers WHERE NOT fenced UNION ALL SELECT NULL) AS live
+), lost AS MATERIALIZED (
+    SELECT found.* FROM gap, LATERAL (
+        SELECT j.id, j.worker_id, j.crashes, j.rescues FROM {schema}.jobs j
+        WHERE j.state = 'running' AND j.worker_id > gap.low AND (gap.high IS NULL OR j.worker_id < gap.high)
+        ORDER BY j.worker_id LIMIT %(batch)s::integer FOR UPDATE SKIP LOCKED
+    ) AS found
+    UNION ALL
+    SELECT ownerless.* FROM (
+        SELECT id, worker_id, crashes, rescues FROM {schema}.jobs
+        WHERE state = 'running' AND worker_id IS NULL
+        LIMIT %(batch)s::integer FOR UPDATE SKIP LOCKED
+    ) AS ownerless
+), judged AS MATERIALIZED (
+    SELECT lost.*, coalesce(lost.id = ANY (w.running), false) AS crashed
+    FROM lost LEFT JOIN {schema}.workers w ON w.id = lost.worker_id
+), again AS (
+    UPDATE {schema}.jobs
+    SET state = 'ready', position = nextval('{schema}.jobs_position_seq'), worker_id = NULL, claimed_at = NULL,
+        crashes = crashes + CASE WHEN id = ANY (ARRAY(SELECT id FROM judged WHERE crashed)) THEN 1 ELSE 0 END,
+        rescues = rescues + CASE WHEN id = ANY (ARRAY(SELECT id FROM judged WHERE crashed)) THEN 0 ELSE 1 END
+    WHERE id = ANY (ARRAY(SELECT id FROM judged WHERE CASE WHEN crashed THEN crashes + 1 < %(max_crashes)s::integer
+                                                           ELSE rescues < %(max_rescues)s::integer END))
+    RETURNING id, queue
+), gone AS (
+    DELETE FROM {schema}.jobs
+    WHERE id = ANY (ARRAY(SELECT id FROM judged WHERE CASE WHEN crashed THEN crashes + 1 >= %(max_crashes)s::integer
+                                                           ELSE rescues >= %(max_rescues)s::integer END))
+    RETURNING *
+), buried AS (
+    INSERT INTO {schema}.dead_letters (id, queue, task, args, kwargs, priority, eta, expires_at, attempt, retries,
+        max_retries, crashes, rescues, worker_id, claimed_at, enqueued_at, enqueued_by, unique_key, headers,
+        dead_letter_queue, reason, error_class, error_message)
+    SELECT g.id, g.queue, g.task, g.args, g.kwargs, g.priority, g.eta, g.expires_at, g.attempt, g.retries, g.max_retries,
+        g.crashes + CASE WHEN judged.crashed THEN 1 ELSE 0 END, g.rescues, g.worker_id, g.claimed_at, g.enqueued_at,
+        g.enqueued_by, g.unique_key, g.headers, coalesce(%(dead_letter_queues)s::text::jsonb ->> g.task, g.queue), 'crashed',
+        'WorkerLost', format('worker %%s went silent or lost the job too often (crashes %%s, rescues %%s)',
+                             coalesce(g.worker_id, '(none)'), g.crashes, g.rescues)
+    FROM gone g JOIN judged ON judged.id = g.id
+    ON CONFLICT (id) DO UPDATE SET attempt = excluded.attempt, crashes = excluded.crashes, rescues = excluded.rescues,
+        worker_id = excluded.worker_id, dead_letter_queue = excluded.dead_letter_queue, reason = excluded.reason,
+        error_class = excluded.error_class, error_message = excluded.error_message, traceback = NULL,
+        died_at = excluded.died_at
+), noted AS (
+    INSERT INTO {schema}.failures (job_id, attempt, task, queue, kind, error_class, error_message, worker_id)
+    SELECT j.id, j.attempt, j.task, j.queue, 'crashed', 'WorkerLost',
+           format('worker %%s went silent while it was running the job', judged.worker_id), judged.worker_id
+    FROM judged JOIN {schema}.jobs j ON j.id = judged.id
+    WHERE judged.crashed
+)
+SELECT (SELECT count(*) FROM again) AS rescued, coalesce((SELECT array_agg(DISTINCT queue) FROM again), '{}') AS queues,
+       (SELECT count(*) FROM gone) AS buried

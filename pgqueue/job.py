@@ -1,0 +1,116 @@
+"""What a job is: its states, its limits, its id, and the request that makes one. Pure values, no I/O."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, Literal
+
+LiveState = Literal["scheduled", "ready", "running"]
+EndState = Literal["succeeded", "cancelled", "expired", "dead"]
+State = Literal["scheduled", "ready", "running", "succeeded", "cancelled", "expired", "dead", "unknown"]
+
+DeadReason = Literal[
+    "not_retryable", "retries_exhausted", "crashed", "time_limit", "rejected", "unknown_task", "bad_payload"
+]
+
+LIVE_STATES: Final[tuple[LiveState, ...]] = ("scheduled", "ready", "running")
+FINISHED_STATES: Final = ("succeeded", "cancelled", "expired")
+DEAD_REASONS: Final[tuple[DeadReason, ...]] = (
+    "not_retryable",
+    "retries_exhausted",
+    "crashed",
+    "time_limit",
+    "rejected",
+    "unknown_task",
+    "bad_payload",
+)
+
+DEFAULT_QUEUE: Final = "default"
+DEFAULT_PRIORITY: Final = 5
+PRIORITIES: Final = range(10)
+"""Larger runs first."""
+
+_QUEUE_NAME = re.compile(r"[A-Za-z0-9_.:\-]{1,63}")
+_TASK_NAME = re.compile(r"[^\x00-\x20\x7f]{1,255}")
+_UNIX_TO_UUID_MS = 80
+
+
+def new_id() -> str:
+    """A UUIDv7 (RFC 9562): milliseconds since 1970, then 74 random bits, so ids sort by the time they were
+    made."""
+    milliseconds = time.time_ns() // 1_000_000
+    random = int.from_bytes(os.urandom(10), "big")
+    value = milliseconds << _UNIX_TO_UUID_MS | random & ((1 << 80) - 1)
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def check_id(job_id: object) -> str:
+    """The id as text in its usual spelling; ValueError if it is not a UUID."""
+    try:
+        return str(job_id if isinstance(job_id, uuid.UUID) else uuid.UUID(str(job_id)))
+    except ValueError:
+        raise ValueError(
+            f"job_id must be a UUID, got {job_id!r}; for a key of your own use unique_key="
+        ) from None
+
+
+def check_queue(queue: object) -> str:
+    """The queue's name; ValueError if it is not 1 to 63 letters, digits or `_ . : -`."""
+    if not isinstance(queue, str) or not _QUEUE_NAME.fullmatch(queue):
+        raise ValueError(f"a queue name is 1 to 63 letters, digits or '_.:-', got {queue!r}")
+    return queue
+
+
+def check_task_name(name: object) -> str:
+    """The task's name; ValueError if it is empty, over 255 characters, or has blanks or control
+    characters."""
+    if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
+        raise ValueError(f"a task name is 1 to 255 characters without blanks, got {name!r}")
+    return name
+
+
+def check_priority(priority: object) -> int:
+    """The priority; ValueError if it is not a whole number from 0 to 9."""
+    if isinstance(priority, bool) or not isinstance(priority, int) or priority not in PRIORITIES:
+        raise ValueError(f"priority must be a whole number from 0 to 9 (larger runs first), got {priority!r}")
+    return priority
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """One job about to be enqueued, checked and encoded.
+
+    Attributes:
+        id: UUIDv7 made by this process, or the caller's own `job_id`.
+        given_id: The id came from the caller, so it may have been used before.
+        args: JSON array, as text.
+        kwargs: JSON object, as text.
+        eta: Earliest time to run, aware; None for at once. Excludes `countdown`.
+        countdown: Seconds, added to the database's clock.
+        expires_at: Aware; None for never. Excludes `expires_in`.
+        expires_in: Seconds, added to the database's clock.
+        max_retries: None for the task's policy, -1 for ever.
+        headers: JSON object, as text.
+    """
+
+    id: str
+    task: str
+    args: str = "[]"
+    kwargs: str = "{}"
+    queue: str = DEFAULT_QUEUE
+    priority: int = DEFAULT_PRIORITY
+    eta: datetime | None = None
+    countdown: float | None = None
+    expires_at: datetime | None = None
+    expires_in: float | None = None
+    max_retries: int | None = None
+    headers: str = "{}"
+    given_id: bool = False
