@@ -1,0 +1,248 @@
+"""pgqueue's settings: one frozen object, from defaults, then `PGQUEUE_*` variables, then arguments."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final
+
+from pgqueue.errors import ConfigError
+from pgqueue.job import DEFAULT_PRIORITY, DEFAULT_QUEUE, check_priority, check_queue
+
+PREFIX: Final = "PGQUEUE_"
+HEARTBEATS_PER_LEASE: Final = 3
+"""A worker may miss two heartbeats before it counts as silent."""
+
+LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+_HEARTBEAT: Final = 5.0
+_LEASE: Final = 30.0
+_MOST: Final = 1e9
+_SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,47}")
+_MASK = "***"
+# From the first colon after `//` to the last `@`: a password may itself hold an unescaped `@` or `/`.
+_URL_PASSWORD = re.compile(r"^([\w+.\-]+://[^:@/?]*:).*@", re.DOTALL)
+_NAMED_PASSWORD = re.compile(
+    r"(password\s*=\s*)('(?:[^'\\]|\\.)*(?:'|$)|(?:\\.|[^\s&])+)", re.IGNORECASE | re.DOTALL
+)
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on, which in a container is fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Config:
+    """Every setting of one application, checked.
+
+    Times are in seconds, retentions in days.
+
+    Attributes:
+        dsn: Where the queue's database is: a URL or `key=value` pairs. None in a process that enqueues only
+            on connections of its own.
+        schema: The Postgres schema that holds the queue.
+        poll_interval: How often an idle worker looks for jobs when no notification comes.
+        heartbeat: How often a worker writes that it is alive.
+        lease: How long a worker may be silent before its jobs are taken back.
+        shutdown_timeout: How long a worker that was asked to stop lets running jobs finish.
+        concurrency: Jobs a worker runs at a time; by default one per usable CPU.
+        max_crashes: Process deaths after which a job is buried.
+        retention_finished: How long history is kept, and with it the memory of used job ids.
+        queue: Where a job goes that names no queue.
+        priority: Of a job that names none; 0 to 9, larger runs first.
+
+    Raises:
+        ConfigError: Settings are wrong; the message lists them all.
+    """
+
+    dsn: str | None = None
+    schema: str = "pgqueue"
+    poll_interval: float = 5.0
+    heartbeat: float = _HEARTBEAT
+    lease: float = _LEASE
+    shutdown_timeout: float = 25.0
+    concurrency: int = field(default_factory=usable_cpus)
+    max_crashes: int = 3
+    retention_finished: float = 7.0
+    retention_failures: float = 30.0
+    retention_dead_letters: float = 90.0
+    retention_audit: float = 365.0
+    log_level: str = "INFO"
+    queue: str = DEFAULT_QUEUE
+    priority: int = DEFAULT_PRIORITY
+
+    def __post_init__(self) -> None:
+        values = {name: getattr(self, name) for name in _RULES}
+        checked, errors = _check(values, {name: name for name in values})
+        if errors:
+            raise ConfigError("; ".join(errors))
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str], **arguments: Any) -> Config:
+        """Defaults, then `PGQUEUE_<NAME>` from `environ`, then the arguments that are not None.
+
+        Raises:
+            ConfigError: Settings are wrong, or a name looks misspelt; the message lists them all.
+        """
+        values, sources, errors = _from_environ(environ)
+        for name, value in arguments.items():
+            if name not in _RULES:
+                errors.append(f"unknown option {name!r}{_meant(name)}")
+            elif value is not None:
+                values[name], sources[name] = value, name
+        checked, wrong = _check(values, sources)
+        if errors or wrong:
+            raise ConfigError("; ".join(errors + wrong))
+        return cls(**checked)
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with these settings; unlike for `load`, None is a value."""
+        if unknown := [f"unknown option {name!r}{_meant(name)}" for name in changes if name not in _RULES]:
+            raise ConfigError("; ".join(unknown))
+        return replace(self, **changes)
+
+    @property
+    def masked_dsn(self) -> str | None:
+        """The DSN without its password, for logs and messages."""
+        if self.dsn is None:
+            return None
+        return _NAMED_PASSWORD.sub(rf"\g<1>{_MASK}", _URL_PASSWORD.sub(rf"\g<1>{_MASK}@", self.dsn))
+
+    def __repr__(self) -> str:
+        shown = {each.name: getattr(self, each.name) for each in fields(self)} | {"dsn": self.masked_dsn}
+        return f"Config({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Values, the variable each came from, and complaints about variables that look misspelt.
+
+    Other `PGQUEUE_*` variables are left alone: `PGQUEUE_TEST_DSN`, or a newer version's.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    errors = []
+    for variable, text in environ.items():
+        name = variable.removeprefix(PREFIX).lower()
+        if not variable.startswith(PREFIX) or not text:
+            continue
+        if name in _RULES:
+            values[name], sources[name] = _number(text) if name in _NUMBERS else text, variable
+        elif close := difflib.get_close_matches(name, _RULES, n=1, cutoff=0.8):
+            errors.append(f"unknown variable {variable}, did you mean {PREFIX}{close[0].upper()}?")
+    return values, sources, errors
+
+
+def _number(text: str) -> int | float | str:
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _check(values: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The values that hold, and one line for each that does not, under the name its source gave it."""
+    checked: dict[str, Any] = {}
+    errors = []
+    for name, value in values.items():
+        try:
+            checked[name] = _RULES[name](value)
+        except ValueError as error:
+            errors.append(f"{sources[name]} {error}")
+    if not {"lease", "heartbeat"} & (values.keys() - checked.keys()):
+        errors += _check_lease(checked.get("lease", _LEASE), checked.get("heartbeat", _HEARTBEAT))
+    return checked, errors
+
+
+def _check_lease(lease: float, heartbeat: float) -> list[str]:
+    if lease >= HEARTBEATS_PER_LEASE * heartbeat:
+        return []
+    return [f"lease must be at least {HEARTBEATS_PER_LEASE} times heartbeat ({heartbeat:g} s), got {lease:g}"]
+
+
+def _meant(name: str) -> str:
+    close = difflib.get_close_matches(name, _RULES, n=1)
+    return f", did you mean {close[0]!r}?" if close else f"; known are {', '.join(_RULES)}"
+
+
+def _positive(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MOST:
+        raise ValueError(f"must be a number above 0 and at most {_MOST:g}, got {value!r}")
+    return float(value)
+
+
+def _from_zero(value: object) -> float:
+    return 0.0 if value == 0 and not isinstance(value, bool) else _positive(value)
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"must be a whole number from 1, got {value!r}")
+    return value
+
+
+def _dsn(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.strip():  # never printed: it may hold a password
+        raise ValueError(f"must be a URL or 'key=value' pairs, got {type(value).__name__}")
+    return value
+
+
+def _schema(value: object) -> str:
+    if not isinstance(value, str) or not _SCHEMA.fullmatch(value) or value.startswith("pg_"):
+        raise ValueError(
+            f"must be 1 to 48 lower-case letters, digits or '_', not starting with a digit "
+            f"or 'pg_', got {value!r}"
+        )
+    return value
+
+
+def _log_level(value: object) -> str:
+    level = value.upper() if isinstance(value, str) else value
+    if level not in LOG_LEVELS:
+        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}, got {value!r}")
+    return str(level)
+
+
+def _queue(value: object) -> str:
+    try:
+        return check_queue(value)
+    except ValueError as error:
+        raise ValueError(f"is wrong: {error}") from None
+
+
+def _priority(value: object) -> int:
+    try:
+        return check_priority(value)
+    except ValueError:
+        raise ValueError(f"must be a whole number from 0 to 9, got {value!r}") from None
+
+
+_RULES: Final[dict[str, Callable[[object], Any]]] = {
+    "dsn": _dsn,
+    "schema": _schema,
+    "poll_interval": _positive,
+    "heartbeat": _positive,
+    "lease": _positive,
+    "shutdown_timeout": _from_zero,
+    "concurrency": _count,
+    "max_crashes": _count,
+    "retention_finished": _positive,
+    "retention_failures": _positive,
+    "retention_dead_letters": _positive,
+    "retention_audit": _positive,
+    "log_level": _log_level,
+    "queue": _queue,
+    "priority": _priority,
+}
+_NUMBERS: Final = frozenset(_RULES) - {"dsn", "schema", "log_level", "queue"}
