@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pgqueue.errors import ConfigError, DatabaseUnavailable, SchemaMismatch
+from pgqueue.database.dsn import connect_options, one_line, unreachable
+from pgqueue.errors import ConfigError, DatabaseError, DatabaseUnavailable, SchemaMismatch
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -90,10 +91,10 @@ def current_revision(dsn: str, *, schema: str = "pgqueue") -> str | None:
     import psycopg
 
     try:
-        with closing(psycopg.connect(dsn, connect_timeout=10)) as connection:
+        with closing(psycopg.connect(dsn, **connect_options(dsn))) as connection:
             return _read_revision(connection, schema)
     except psycopg.OperationalError as error:
-        raise DatabaseUnavailable(f"cannot reach the database: {str(error).strip()}") from error
+        raise unreachable(error) from error
 
 
 def require_revision(found: str | None, *, schema: str = "pgqueue") -> None:
@@ -104,7 +105,8 @@ def require_revision(found: str | None, *, schema: str = "pgqueue") -> None:
         raise SchemaMismatch(f"the database has no schema {schema!r} of pgqueue; run `pgqueue migrate`")
     if found > head_revision():
         raise SchemaMismatch(
-            f"database is at revision {found}, newer than this pgqueue, which needs {head_revision()}; upgrade pgqueue"
+            f"database is at revision {found}, newer than this pgqueue, which needs {head_revision()}; "
+            "upgrade pgqueue"
         )
     raise SchemaMismatch(
         f"database is at revision {found}, this pgqueue needs {head_revision()}; run `pgqueue migrate`"
@@ -129,9 +131,10 @@ def _online(dsn: str, schema: str, run: Callable[[Config], object]) -> str | Non
     import sqlalchemy
 
     config = _config(schema)
+    options = connect_options(dsn)
     engine = sqlalchemy.create_engine(
         "postgresql+psycopg://",
-        creator=lambda: psycopg.connect(dsn, connect_timeout=10, prepare_threshold=None),
+        creator=lambda: psycopg.connect(dsn, prepare_threshold=None, **options),
         poolclass=sqlalchemy.NullPool,
         isolation_level="READ COMMITTED",
     )
@@ -146,8 +149,9 @@ def _online(dsn: str, schema: str, run: Callable[[Config], object]) -> str | Non
             config.attributes["connection"] = connection
             run(config)
             return before
-    except sqlalchemy.exc.OperationalError as error:
-        raise DatabaseUnavailable(f"cannot migrate: {str(error.orig).strip()}") from error
+    except sqlalchemy.exc.DBAPIError as error:
+        kind = DatabaseUnavailable if isinstance(error, sqlalchemy.exc.OperationalError) else DatabaseError
+        raise kind(f"cannot migrate: {one_line(error.orig or error)}") from error
 
 
 def _read_revision(connection: Any, schema: str) -> str | None:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-Style = Literal["pyformat", "named", "numeric"]
+Style = Literal["pyformat", "numeric"]
 
 _FOLDER = Path(__file__).parent / "sql"
 _PARAMETER = re.compile(r"%\((\w+)\)s")
@@ -44,9 +44,6 @@ def render(name: str, source: str, schema: str, style: Style) -> Query:
     lines = (line for line in source.splitlines() if not line.lstrip().startswith("--"))
     text = "\n".join(line for line in lines if line.strip()).rstrip(";").replace("{schema}", schema)
     parameters = tuple(dict.fromkeys(_PARAMETER.findall(text)))
-    if style == "named":
-        # A cast would read as a second parameter to SQLAlchemy's text(): it wants the colons escaped.
-        text = _PARAMETER.sub(r":\1", text.replace("::", "\\:\\:"))
-    elif style == "numeric":
-        text = _PARAMETER.sub(lambda match: f"${parameters.index(match[1]) + 1}", text)
+    if style == "numeric":
+        text = _PARAMETER.sub(lambda match: f"${parameters.index(match[1]) + 1}", text).replace("%%", "%")
     return Query(name, text, parameters)

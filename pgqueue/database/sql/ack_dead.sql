@@ -4,8 +4,8 @@
 -- One row: how many, and, when some were stale, the ids of those that were not.
 WITH gone AS (
     DELETE FROM {schema}.jobs
-    WHERE id = ANY (%(ids)s::uuid[]) AND attempt = %(attempt)s::integer AND worker_id IS NOT DISTINCT FROM %(worker)s::text
-      AND state = 'running'
+    WHERE id = ANY (%(ids)s::uuid[]) AND attempt = %(attempt)s::integer AND worker_id = %(worker)s::text
+      AND state || '' = 'running'
     RETURNING *, array_position(%(ids)s::uuid[], id) AS nth
 ), buried AS (
     INSERT INTO {schema}.dead_letters (id, queue, task, args, kwargs, priority, eta, expires_at, attempt, retries,

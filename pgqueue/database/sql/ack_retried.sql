@@ -9,8 +9,8 @@ WITH again AS (
         crashes = crashes + CASE %(kind)s::text WHEN 'crashed' THEN 1 ELSE 0 END,
         max_retries = coalesce((%(max_retries)s::integer[])[array_position(%(ids)s::uuid[], id)], max_retries),
         worker_id = NULL, claimed_at = NULL
-    WHERE id = ANY (%(ids)s::uuid[]) AND attempt = %(attempt)s::integer AND worker_id IS NOT DISTINCT FROM %(worker)s::text
-      AND state = 'running'
+    WHERE id = ANY (%(ids)s::uuid[]) AND attempt = %(attempt)s::integer AND worker_id = %(worker)s::text
+      AND state || '' = 'running'
     RETURNING id, task, queue, attempt, array_position(%(ids)s::uuid[], id) AS nth
 ), noted AS (
     INSERT INTO {schema}.failures (job_id, attempt, task, queue, kind, error_class, error_message, traceback, worker_id)

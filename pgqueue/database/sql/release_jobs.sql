@@ -4,8 +4,8 @@
 WITH freed AS (
     UPDATE {schema}.jobs
     SET state = 'ready', position = nextval('{schema}.jobs_position_seq'), worker_id = NULL, claimed_at = NULL
-    WHERE id = ANY (%(ids)s::uuid[]) AND attempt = %(attempt)s::integer AND worker_id IS NOT DISTINCT FROM %(worker)s::text
-      AND state = 'running'
+    WHERE id = ANY (%(ids)s::uuid[]) AND attempt = %(attempt)s::integer AND worker_id = %(worker)s::text
+      AND state || '' = 'running'
     RETURNING id
 )
 SELECT count(*) AS done, CASE WHEN count(*) < cardinality(%(ids)s::uuid[]) THEN array_agg(id::text) END AS done_ids

@@ -1,23 +1,33 @@
 -- Take back running jobs whose worker is fenced or missing: a standing rule, whoever notices first. A job that its
 -- worker's heartbeat recorded as running has crashed; one whose start nobody recorded is only rescued. Too many of
 -- either buries it. Locks: those jobs rows, in order of worker, skipping held ones; then dead_letters rows.
--- Index: jobs_running, only in the gaps between live workers, so their dead index entries are never walked over.
--- Always one row: how many became ready or scheduled again, their queues, and how many were buried.
-WITH gap AS (
-    SELECT coalesce(lag(id) OVER (ORDER BY id), '') AS low, id AS high
-    FROM (SELECT id FROM {schema}.workers WHERE NOT fenced UNION ALL SELECT NULL) AS live
+-- Index: jobs_running, only in the gaps between live workers, so their index entries, dead or alive, are never walked
+-- over; the gap beyond the last one is asked for apart, because `high IS NULL OR worker_id < high` bounds no index scan.
+-- jobs_pkey for the writes; the failures rows are made of what those return, a join with jobs could read all of it.
+-- Always one row: how many became ready again, their queues, and how many were buried.
+WITH live AS MATERIALIZED (
+    SELECT id FROM {schema}.workers WHERE NOT fenced
+), gap AS (
+    SELECT coalesce(lag(id) OVER (ORDER BY id), '') AS low, id AS high FROM live
 ), lost AS MATERIALIZED (
     SELECT found.* FROM gap, LATERAL (
         SELECT j.id, j.worker_id, j.crashes, j.rescues FROM {schema}.jobs j
-        WHERE j.state = 'running' AND j.worker_id > gap.low AND (gap.high IS NULL OR j.worker_id < gap.high)
+        WHERE j.state = 'running' AND j.worker_id > gap.low AND j.worker_id < gap.high
         ORDER BY j.worker_id LIMIT %(batch)s::integer FOR UPDATE SKIP LOCKED
     ) AS found
+    UNION ALL
+    SELECT beyond.* FROM (
+        SELECT id, worker_id, crashes, rescues FROM {schema}.jobs
+        WHERE state = 'running' AND worker_id > coalesce((SELECT max(id) FROM live), '')
+        ORDER BY worker_id LIMIT %(batch)s::integer FOR UPDATE SKIP LOCKED
+    ) AS beyond
     UNION ALL
     SELECT ownerless.* FROM (
         SELECT id, worker_id, crashes, rescues FROM {schema}.jobs
         WHERE state = 'running' AND worker_id IS NULL
         LIMIT %(batch)s::integer FOR UPDATE SKIP LOCKED
     ) AS ownerless
+    LIMIT %(batch)s::integer
 ), judged AS MATERIALIZED (
     SELECT lost.*, coalesce(lost.id = ANY (w.running), false) AS crashed
     FROM lost LEFT JOIN {schema}.workers w ON w.id = lost.worker_id
@@ -28,7 +38,7 @@ WITH gap AS (
         rescues = rescues + CASE WHEN id = ANY (ARRAY(SELECT id FROM judged WHERE crashed)) THEN 0 ELSE 1 END
     WHERE id = ANY (ARRAY(SELECT id FROM judged WHERE CASE WHEN crashed THEN crashes + 1 < %(max_crashes)s::integer
                                                            ELSE rescues < %(max_rescues)s::integer END))
-    RETURNING id, queue
+    RETURNING id, queue, task, attempt
 ), gone AS (
     DELETE FROM {schema}.jobs
     WHERE id = ANY (ARRAY(SELECT id FROM judged WHERE CASE WHEN crashed THEN crashes + 1 >= %(max_crashes)s::integer
@@ -42,17 +52,19 @@ WITH gap AS (
         g.crashes + CASE WHEN judged.crashed THEN 1 ELSE 0 END, g.rescues, g.worker_id, g.claimed_at, g.enqueued_at,
         g.enqueued_by, g.unique_key, g.headers, coalesce(%(dead_letter_queues)s::text::jsonb ->> g.task, g.queue), 'crashed',
         'WorkerLost', format('worker %%s went silent or lost the job too often (crashes %%s, rescues %%s)',
-                             coalesce(g.worker_id, '(none)'), g.crashes, g.rescues)
+                             coalesce(g.worker_id, '(none)'), g.crashes + CASE WHEN judged.crashed THEN 1 ELSE 0 END,
+                             g.rescues)
     FROM gone g JOIN judged ON judged.id = g.id
-    ON CONFLICT (id) DO UPDATE SET attempt = excluded.attempt, crashes = excluded.crashes, rescues = excluded.rescues,
-        worker_id = excluded.worker_id, dead_letter_queue = excluded.dead_letter_queue, reason = excluded.reason,
-        error_class = excluded.error_class, error_message = excluded.error_message, traceback = NULL,
-        died_at = excluded.died_at
+    ON CONFLICT (id) DO UPDATE SET attempt = excluded.attempt, retries = excluded.retries, crashes = excluded.crashes,
+        rescues = excluded.rescues, eta = excluded.eta, worker_id = excluded.worker_id, claimed_at = excluded.claimed_at,
+        dead_letter_queue = excluded.dead_letter_queue, reason = excluded.reason, error_class = excluded.error_class,
+        error_message = excluded.error_message, traceback = excluded.traceback, died_at = excluded.died_at
 ), noted AS (
     INSERT INTO {schema}.failures (job_id, attempt, task, queue, kind, error_class, error_message, worker_id)
-    SELECT j.id, j.attempt, j.task, j.queue, 'crashed', 'WorkerLost',
+    SELECT ended.id, ended.attempt, ended.task, ended.queue, 'crashed', 'WorkerLost',
            format('worker %%s went silent while it was running the job', judged.worker_id), judged.worker_id
-    FROM judged JOIN {schema}.jobs j ON j.id = judged.id
+    FROM judged JOIN (SELECT id, attempt, task, queue FROM again UNION ALL SELECT id, attempt, task, queue FROM gone) AS ended
+         ON ended.id = judged.id
     WHERE judged.crashed
 )
 SELECT (SELECT count(*) FROM again) AS rescued, coalesce((SELECT array_agg(DISTINCT queue) FROM again), '{}') AS queues,

@@ -1,0 +1,417 @@
+"""The application: its tasks, its settings, and the calls that enqueue by name or by the thousand."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, TypeVar, Unpack, overload
+
+from pgqueue.codec import encode_plain
+from pgqueue.config import Config
+from pgqueue.database.connection import recognise_async, recognise_sync
+from pgqueue.enqueue import Client, JobOptions, build_request, check_option_names
+from pgqueue.errors import ConfigError, DuplicateTask, UnknownTask
+from pgqueue.job import JobRequest, check_id, check_priority, check_queue, check_task_name
+from pgqueue.result import AsyncResult
+from pgqueue.retry import RetryPolicy
+from pgqueue.task import (
+    TASK_DEFAULTS,
+    TASK_OPTIONS,
+    AsyncConnection,
+    AsyncTask,
+    BoundDecorator,
+    PlainDecorator,
+    Signature,
+    SyncConnection,
+    Task,
+    TaskOptions,
+    _retry_options,
+    check_task_options,
+)
+
+if TYPE_CHECKING:
+    from pgqueue.database.pool import Database
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_OWN_OPTIONS: Final = frozenset({"imports", "task_defaults", "task_routes"})
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRoute:
+    """Where `task_routes` sends a task; None leaves it to the task."""
+
+    queue: str | None = None
+    priority: int | None = None
+    dead_letter_queue: str | None = None
+
+
+_NO_ROUTE: Final = TaskRoute()
+
+
+class PgQueue:
+    """An application's tasks and its queue. Making one does no I/O.
+
+    Args:
+        name: For people; also the module part of names of tasks defined in an interactive session.
+        dsn: The queue's database, a URL or `key=value` pairs; None for $PGQUEUE_DSN. A process that enqueues
+            only through `.on(connection)` needs none.
+        schema: The Postgres schema that holds the queue.
+        imports: Modules that define tasks, imported by workers.
+        task_defaults: Options for all tasks, see `TaskDefaults`.
+        task_routes: `{task name or glob: {"queue": …, "priority": …, "dead_letter_queue": …}}`. An exact name
+            beats a glob, the first glob that matches beats the others.
+
+    Raises:
+        ConfigError: An option is wrong; the message lists all that are.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dsn: str | None = None,
+        schema: str | None = None,
+        imports: Iterable[str] = (),
+        task_defaults: Mapping[str, Any] = MappingProxyType({}),
+        task_routes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> None:
+        self.name = name
+        self._settings: dict[str, Any] = {}
+        self._tasks: dict[str, Task[..., Any]] = {}
+        self._imports: tuple[str, ...] = ()
+        self._defaults: Mapping[str, Any] = {}
+        self._routes: dict[str, TaskRoute] = {}
+        self.configure(
+            dsn=dsn, schema=schema, imports=imports, task_defaults=task_defaults, task_routes=task_routes
+        )
+
+    def __repr__(self) -> str:
+        return f"<PgQueue {self.name}>"
+
+    def configure(self, **options: Any) -> None:
+        """Change settings, until the first use fixes them: those of the constructor, and those of `Config`.
+
+        Raises:
+            ConfigError: A setting is wrong, or the application is in use already.
+        """
+        if "config" in vars(self):
+            raise ConfigError("configure() must come before the application's first use")
+        if "imports" in options:
+            self._imports = _checked_imports(options["imports"])
+        if "task_defaults" in options:
+            check_task_options(options["task_defaults"], TASK_DEFAULTS, "task_defaults")
+            self._defaults = MappingProxyType(dict(options["task_defaults"]))
+        if "task_routes" in options:
+            self._routes = _checked_routes(options["task_routes"])
+        settings = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
+        Config.load({}, **settings)  # complain now, not at the first use
+        self._settings |= {name: value for name, value in settings.items() if value is not None}
+
+    @cached_property
+    def config(self) -> Config:
+        """The settings, with `PGQUEUE_*` variables filled in; fixed from the first look on."""
+        return Config.load(os.environ, **self._settings)
+
+    @property
+    def dsn(self) -> str:
+        """Where the queue's database is; ConfigError if nobody said."""
+        return self.client.database.dsn
+
+    @property
+    def schema(self) -> str:
+        return self.config.schema
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        return self._imports
+
+    @overload
+    def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...
+    @overload
+    def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
+    @overload
+    def task(self, *, bind: Literal[False] = False, **options: Unpack[TaskOptions]) -> PlainDecorator: ...
+    @overload
+    def task(self, *, bind: Literal[True], **options: Unpack[TaskOptions]) -> BoundDecorator: ...
+    def task(self, *function: Callable[..., Any], bind: bool = False, **options: Any) -> Any:
+        """Register a function as a task: `@app.task`, or `@app.task(option=…)`; see `TaskOptions`.
+
+        Raises:
+            ConfigError: Options are wrong; the message lists all that are.
+            DuplicateTask: Another function has the name.
+        """
+        given = {"bind": bind, **options}
+        if not function:
+            return lambda function: self._register(function, given)
+        return self._register(function[0], given)
+
+    @property
+    def tasks(self) -> Mapping[str, Task[..., Any]]:
+        """Registered tasks by name."""
+        return MappingProxyType(self._tasks)
+
+    def find_task(self, name: str) -> Task[..., Any]:
+        """The task of this name; UnknownTask if no function is registered under it."""
+        try:
+            return self._tasks[name]
+        except KeyError:
+            raise UnknownTask(
+                f"no task {name!r} is registered with {self.name!r}; is its module in imports= "
+                f"({', '.join(self._imports) or 'which is empty'})?"
+            ) from None
+
+    def import_tasks(self) -> None:
+        """Import the modules named in `imports`."""
+        for module in self._imports:
+            importlib.import_module(module)
+
+    def _register(self, function: object, options: dict[str, Any]) -> Task[..., Any]:
+        if not callable(function) or isinstance(function, (type, Task)):
+            raise ConfigError(f"@app.task decorates a function, got {function!r}")
+        name = options.get("name")
+        if name is None:
+            name = f"{_module_name(function, self.name)}.{getattr(function, '__name__', '?')}"
+        check_task_options({**options, "name": name}, TASK_OPTIONS, f"task {name}")
+        known = self._tasks.get(name)
+        if known is not None and not _is_same_function(known.function, function):
+            raise DuplicateTask(
+                f"two functions are the task {name!r}: {_place(known.function)} and {_place(function)}; "
+                "give one another name="
+            )
+        kind = AsyncTask if _is_async(function) else Task
+        own = {key: value for key, value in options.items() if key not in ("name", "bind")}
+        task: Task[..., Any] = kind(self, function, name=name, bound=options["bind"], options=own)
+        self._tasks[name] = task
+        return task
+
+    def send_task(
+        self,
+        name: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        connection: SyncConnection | None = None,
+        **options: Unpack[JobOptions],
+    ) -> AsyncResult[Any]:
+        """Enqueue a job by its task's name, with plain JSON values if the task is not registered here too."""
+        check_option_names("send_task", options)
+        caller = None if connection is None else recognise_sync(connection, "send_task")
+        request = self._request_for(check_task_name(name), args, kwargs or {}, options)
+        return self.result_of(self.client.enqueue(request, caller))
+
+    async def asend_task(
+        self,
+        name: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        connection: AsyncConnection | None = None,
+        **options: Unpack[JobOptions],
+    ) -> AsyncResult[Any]:
+        """`send_task`, awaited."""
+        check_option_names("asend_task", options)
+        caller = None if connection is None else recognise_async(connection, "asend_task")
+        request = self._request_for(check_task_name(name), args, kwargs or {}, options)
+        return self.result_of(await self.client.aenqueue(request, caller))
+
+    def enqueue_many(
+        self, signatures: Iterable[Signature], connection: SyncConnection | None = None
+    ) -> list[str]:
+        """Enqueue many jobs at once, all or none; their ids in the same order.
+
+        Args:
+            signatures: Calls made with `task.s(...)`, with `.set(...)` where they need options.
+            connection: Enqueue in this connection's open transaction.
+        """
+        caller = None if connection is None else recognise_sync(connection, "enqueue_many")
+        return self.client.enqueue_many(self._requests_for(signatures), caller)
+
+    async def aenqueue_many(
+        self, signatures: Iterable[Signature], connection: AsyncConnection | None = None
+    ) -> list[str]:
+        """`enqueue_many`, awaited."""
+        caller = None if connection is None else recognise_async(connection, "aenqueue_many")
+        return await self.client.aenqueue_many(self._requests_for(signatures), caller)
+
+    def close(self) -> None:
+        """Close this process's idle connections to the queue's database. A later call opens new ones."""
+        if "client" in vars(self):
+            self.client.close()
+
+    async def aclose(self) -> None:
+        """`close`, for the running event loop's connections too."""
+        if "client" in vars(self):
+            await self.client.aclose()
+
+    @cached_property
+    def client(self) -> Client:
+        return Client(self.config.schema, self.config.dsn)
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """`task_defaults`; tasks keep what they read, so it is fixed from now on."""
+        _ = self.config
+        return self._defaults
+
+    @property
+    def default_queue(self) -> str:
+        return self.config.queue
+
+    @property
+    def default_priority(self) -> int:
+        return self.config.priority
+
+    @cached_property
+    def default_policy(self) -> RetryPolicy:
+        return RetryPolicy.from_options(_retry_options(self.defaults))
+
+    def route(self, task_name: str) -> TaskRoute:
+        """Where `task_routes` sends the task."""
+        if task_name in self._routes:
+            return self._routes[task_name]
+        matching = (route for glob, route in self._routes.items() if fnmatchcase(task_name, glob))
+        return next(matching, _NO_ROUTE)
+
+    def result_of(self, job_id: str) -> AsyncResult[Any]:
+        """The result of a job whose id is known to be one."""
+        return AsyncResult(job_id, self._database)
+
+    def AsyncResult(self, job_id: object) -> AsyncResult[Any]:
+        """The job with this id, whether or not there is one; ValueError if it is not a UUID."""
+        return self.result_of(check_id(job_id))
+
+    def _database(self) -> Database:
+        return self.client.database
+
+    def _requests_for(self, signatures: Iterable[Signature]) -> list[JobRequest]:
+        return [self._request_for(each.task, each.args, each.kwargs, each.options) for each in signatures]
+
+    def _request_for(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> JobRequest:
+        task = self._tasks.get(name)
+        if task is not None:
+            return task.request_for(args, kwargs, options)
+        route, defaults = self.route(name), self.defaults
+        priority = route.priority if route.priority is not None else defaults.get("priority")
+        return build_request(
+            name,
+            *encode_plain(args, kwargs),
+            options,
+            queue=route.queue or defaults.get("queue") or self.default_queue,
+            priority=self.default_priority if priority is None else priority,
+            expires=defaults.get("expires"),
+        )
+
+
+def _checked_imports(imports: object) -> tuple[str, ...]:
+    if isinstance(imports, str) or not isinstance(imports, Iterable):
+        raise ConfigError(f"imports must be a list or tuple of module names, got {imports!r}")
+    names = tuple(imports)
+    if wrong := [name for name in names if not isinstance(name, str) or not name]:
+        raise ConfigError(f"imports must be names of modules, got {', '.join(map(repr, wrong))}")
+    return names
+
+
+def _checked_routes(routes: Mapping[str, Any]) -> dict[str, TaskRoute]:
+    checks: dict[str, Callable[[object], object]] = {
+        "queue": check_queue,
+        "priority": check_priority,
+        "dead_letter_queue": check_queue,
+    }
+    errors = []
+    checked = {}
+    for pattern, route in routes.items():
+        if not isinstance(route, Mapping):
+            errors.append(f"{pattern!r} must be a dict, got {route!r}")
+            continue
+        errors += [
+            f"{pattern!r} has an unknown {name!r} (known are {', '.join(checks)})"
+            for name in route.keys() - checks.keys()
+        ]
+        values = {name: value for name, value in route.items() if name in checks and value is not None}
+        for name, value in values.items():
+            try:
+                checks[name](value)
+            except ValueError as error:
+                errors.append(f"{pattern!r}: {error}")
+        checked[pattern] = TaskRoute(**values)
+    if errors:
+        raise ConfigError(f"task_routes: {'; '.join(errors)}")
+    return checked
+
+
+def _is_async(function: object) -> bool:
+    import inspect
+
+    return inspect.iscoroutinefunction(function)
+
+
+def _module_name(function: object, application: str) -> str:
+    """The module a worker will import the function from; `__main__` is the script or module that runs."""
+    module = str(getattr(function, "__module__", None) or application)
+    if module != "__main__":
+        return module
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return str(spec.name)
+    file = getattr(main, "__file__", None)
+    return os.path.splitext(os.path.basename(file))[0] if file else application
+
+
+def _is_same_function(old: Any, new: Any) -> bool:
+    """Whether one is the other defined again: the module was reloaded, or a notebook's cell run again."""
+    if (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
+        return False
+    if _place(old) == _place(new):
+        return True
+    # Edited in between; but on the module's first import, or among somebody's locals, there are two.
+    spec = getattr(sys.modules.get(new.__module__), "__spec__", None)
+    return "<locals>" not in new.__qualname__ and not getattr(spec, "_initializing", False)
+
+
+def _place(function: Any) -> str:
+    code = getattr(function, "__code__", None)
+    where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+    return f"{function.__module__}.{getattr(function, '__qualname__', '?')}{where}"
+
+
+def load_app(target: str) -> PgQueue:
+    """Import the application named `module:attribute`, also from the current directory.
+
+    Raises:
+        ConfigError: There is no such module or attribute, or it is no PgQueue. Whatever else importing it
+        raises
+            comes through.
+    """
+    module_name, colon, attribute = target.partition(":")
+    if not colon:
+        attribute = "app"
+    if not module_name or not attribute:
+        raise ConfigError(
+            f"an application is named module:attribute, got {target!r}; for example shop.app:app"
+        )
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(
+            f"no module {error.name!r} here ({os.getcwd()}) or on the Python path, needed for -A {target}"
+        ) from error
+    app = getattr(module, attribute, None)
+    if not isinstance(app, PgQueue):
+        found = sorted(name for name, value in vars(module).items() if isinstance(value, PgQueue))
+        hint = f"; there is {', '.join(f'{module_name}:{name}' for name in found)}" if found else ""
+        raise ConfigError(f"{target!r} must be a PgQueue, {module_name} has {attribute!r} = {app!r}{hint}")
+    return app

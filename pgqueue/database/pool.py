@@ -1,0 +1,274 @@
+"""The queue's own database, on connections of this process: for enqueues without a caller's transaction.
+
+Connections are psycopg's, in autocommit, opened when first needed and kept, a few per process and per event
+loop. There are no threads, unlike in psycopg_pool: a connection that cannot be made fails the call that
+needed it, with the reason, and a process that has enqueued may still fork.
+
+- Fork: a child starts with none, and never says a word on its parent's connections.
+- Lost connection: `ConnectionLost`. Whether the statement under way took effect is unknown. All idle
+  connections are dropped with it: what broke one has broken the others.
+- End of process or event loop: idle connections are closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from pgqueue.database.connection import (
+    AsyncPsycopgChannel,
+    ConnectionLost,
+    Plan,
+    PsycopgChannel,
+    adrive,
+    drive,
+    find_install,
+)
+from pgqueue.database.dsn import connect_options, one_line, unreachable
+from pgqueue.errors import SchemaMismatch
+
+if TYPE_CHECKING:
+    import psycopg
+
+T = TypeVar("T")
+
+SIZE: Final = 4
+"""Connections per process, and per event loop. An enqueue takes under a millisecond of one."""
+
+CONNECT_TIMEOUT: Final = 10
+LOOK_TIMEOUT: Final = 3
+"""Seconds to connect for a look that an enqueue in the caller's open transaction waits for."""
+
+
+class Database:
+    """The database behind a DSN."""
+
+    def __init__(self, dsn: str, schema: str) -> None:
+        self.dsn = dsn
+        self.schema = schema
+        self._options: dict[str, Any] | None = None
+        self._idle: deque[Any] = deque()
+        self._slots = threading.BoundedSemaphore(SIZE)
+        self._loops: dict[asyncio.AbstractEventLoop, _LoopPool] = {}
+        weakref.finalize(self, _finish_all, self._idle, self._loops)
+        _databases.add(self)
+
+    def run(self, plan: Plan[T], *, atomic: bool = False) -> T:
+        """Run a plan on a connection of our own.
+
+        Args:
+            plan: Without `atomic`, one statement.
+            atomic: In a READ COMMITTED transaction, whatever the database's default.
+
+        Raises:
+            DatabaseUnavailable: No connection could be made; nothing was sent.
+            ConnectionLost: It broke after something was sent.
+            SchemaMismatch: The database was not migrated.
+        """
+        with self._slots:
+            connection = self._take(self._idle) or self._connect()
+            try:
+                with connection.transaction() if atomic else _NOTHING:
+                    channel = PsycopgChannel(connection, self.schema)
+                    return drive(plan(channel), channel.perform)
+            except Exception as error:
+                self._explain(error, connection, self._idle)
+                raise
+            finally:
+                if _is_idle(connection):
+                    self._idle.append(connection)
+                else:
+                    connection.close()
+
+    async def arun(self, plan: Plan[T], *, atomic: bool = False) -> T:
+        """`run` on the running event loop."""
+        pool = await self._loop_pool()
+        async with pool.slots:
+            connection = self._take(pool.idle) or await self._aconnect()
+            try:
+                async with connection.transaction() if atomic else _NOTHING:
+                    channel = AsyncPsycopgChannel(connection, self.schema)
+                    return await adrive(plan(channel), channel.perform)
+            except Exception as error:
+                self._explain(error, connection, pool.idle)
+                raise
+            finally:
+                if _is_idle(connection):
+                    pool.idle.append(connection)
+                else:
+                    await connection.close()
+
+    def find_install(self) -> str | None:
+        """The install id of this database's queue, on a connection that is closed again."""
+        connection = self._connect(LOOK_TIMEOUT)
+        try:
+            channel = PsycopgChannel(connection, self.schema)
+            return drive(find_install(channel), channel.perform)
+        finally:
+            connection.close()
+
+    async def afind_install(self) -> str | None:
+        """`find_install` on the running event loop."""
+        connection = await self._aconnect(LOOK_TIMEOUT)
+        try:
+            channel = AsyncPsycopgChannel(connection, self.schema)
+            return await adrive(find_install(channel), channel.perform)
+        finally:
+            await connection.close()
+
+    def close(self) -> None:
+        """Close the idle connections of this process. A later call opens new ones."""
+        _finish_all(self._idle, self._loops)
+
+    async def aclose(self) -> None:
+        """Close the idle connections of the running event loop, and the sync ones."""
+        self.close()
+
+    def _connect(self, timeout: int = CONNECT_TIMEOUT) -> psycopg.Connection[Any]:
+        import psycopg
+
+        try:
+            connection = psycopg.Connection.connect(
+                self.dsn, autocommit=True, **self._connect_options(timeout)
+            )
+        except psycopg.OperationalError as error:
+            raise unreachable(error) from error
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        return connection
+
+    async def _aconnect(self, timeout: int = CONNECT_TIMEOUT) -> psycopg.AsyncConnection[Any]:
+        import psycopg
+
+        try:
+            connection = await psycopg.AsyncConnection.connect(
+                self.dsn, autocommit=True, **self._connect_options(timeout)
+            )
+        except psycopg.OperationalError as error:
+            raise unreachable(error) from error
+        await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+        return connection
+
+    def _connect_options(self, timeout: int) -> dict[str, Any]:
+        if self._options is None:
+            self._options = connect_options(self.dsn)
+        return self._options
+
+    @staticmethod
+    def _take(idle: deque[Any]) -> Any:
+        """The connection used last, so that a burst's extra ones age at the bottom; None if there is none."""
+        with contextlib.suppress(IndexError):
+            return idle.pop()
+        return None
+
+    def _explain(self, error: Exception, connection: Any, idle: deque[Any]) -> None:
+        """Raise an error of ours where it says more than the driver's."""
+        import psycopg
+
+        if not isinstance(error, psycopg.Error):
+            return
+        if connection.closed:
+            _finish(idle)
+            raise ConnectionLost(f"the connection to the database broke: {one_line(error)}") from error
+        errors = psycopg.errors
+        if isinstance(error, (errors.InvalidSchemaName, errors.UndefinedFunction, errors.UndefinedTable)):
+            raise SchemaMismatch(
+                f"the database has no schema {self.schema!r} of pgqueue; run `pgqueue migrate`"
+            ) from error
+
+    async def _loop_pool(self) -> _LoopPool:
+        loop = asyncio.get_running_loop()
+        pool = self._loops.get(loop)
+        if pool is None:
+            for other in [other for other in self._loops if other.is_closed()]:
+                _finish(self._loops.pop(other).idle)
+            pool = self._loops[loop] = _LoopPool()
+            await anext(pool.keeper)
+        return pool
+
+    def _forget_inherited(self) -> None:
+        self._slots = threading.BoundedSemaphore(SIZE)
+        for connections in (self._idle, *(pool.idle for pool in self._loops.values())):
+            _silence(connections)
+        self._loops.clear()
+
+
+class _LoopPool:
+    """The idle connections of one event loop."""
+
+    def __init__(self) -> None:
+        self.idle: deque[Any] = deque()
+        self.slots = asyncio.Semaphore(SIZE)
+        self.keeper = self._until_the_loop_ends()
+
+    async def _until_the_loop_ends(self) -> AsyncGenerator[None, None]:
+        # asyncio.run() closes open async generators as its last act: here ends what belongs to its loop.
+        try:
+            yield
+        finally:
+            _finish(self.idle)
+
+
+class _Nothing:
+    """A context manager that does nothing, cheaper than contextlib's, for `with` and `async with`."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(self, *exc: object) -> None: ...
+
+
+_NOTHING: Final = _Nothing()
+
+
+def _is_idle(connection: Any) -> bool:
+    """Whether it is open and between transactions; one interrupted half-way is neither reset nor kept."""
+    return bool(connection.pgconn.transaction_status == 0)  # PQTRANS_IDLE; UNKNOWN once closed
+
+
+def _finish(connections: deque[Any]) -> None:
+    """Close connections, sync and async ones alike, without awaiting."""
+    while connections:
+        try:
+            connection = connections.pop()
+        except IndexError:  # another thread took it
+            return
+        connection.pgconn.finish()
+
+
+def _finish_all(idle: deque[Any], loops: dict[asyncio.AbstractEventLoop, _LoopPool]) -> None:
+    for connections in (idle, *[pool.idle for pool in loops.values()]):
+        _finish(connections)
+
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+
+
+def _silence(connections: deque[Any]) -> None:
+    """Close a forked child's copies.
+
+    Closing says goodbye to the server, which would end the parent's session: so the child's descriptor
+    is first pointed elsewhere.
+    """
+    while connections:
+        connection = connections.pop()
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, connection.pgconn.socket)
+        os.close(nowhere)
+        connection.pgconn.finish()
+
+
+def _after_fork() -> None:
+    for database in list(_databases):
+        database._forget_inherited()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,517 @@
+"""From a call with options to rows in `jobs`: checks, the single and the bulk way, and repeats.
+
+On the caller's connection everything happens in the caller's open transaction, and an error is the caller's.
+On a connection of our own the call commits; when it breaks, whether the COMMIT took place is unknown, so the
+enqueue is repeated with the same ids, and the database is told that they may have been used: a job that was
+enqueued, finished or buried meanwhile is not enqueued again. When that cannot be settled within seconds:
+`EnqueueUncertain`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar
+from uuid import UUID
+
+from pgqueue.codec import encode_headers
+from pgqueue.database.connection import (
+    AsyncCaller,
+    Channel,
+    ConnectionLost,
+    Copy,
+    Pause,
+    Plan,
+    Statement,
+    Steps,
+    SyncCaller,
+    adrive,
+    check_install,
+    drive,
+)
+from pgqueue.errors import ConfigError, DatabaseUnavailable, EnqueueUncertain
+from pgqueue.job import JobRequest, check_id, check_priority, check_queue, new_id
+
+if TYPE_CHECKING:
+    from pgqueue.database.pool import Database
+
+T = TypeVar("T")
+
+CHUNK: Final = 1_000
+"""Jobs per call of `enqueue_many`, whose JSON is built and parsed as one."""
+
+COPY_CHUNK: Final = 20_000
+"""Jobs per COPY: bounds the memory for their text, and each costs a round trip."""
+
+MAX_SECONDS: Final = 250_000_000_000
+"""Nearly eight thousand years: a later time does not fit a datetime."""
+
+LONG_AGO: Final = 1_000_000_000
+"""Thirty years: what lies further back is as past, and may fall off the calendars of Python and Postgres."""
+
+REPEAT_FOR: Final = 3.0
+ASK_HOME_AGAIN: Final = 60.0
+_PAUSES: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
+"""Seconds between repeats after a connection broke; a database that only restarts is back by then."""
+
+
+class JobOptions(TypedDict, total=False):
+    """Options of one enqueue.
+
+    Attributes:
+        countdown: Seconds from now, by the database's clock. Excludes `eta`.
+        eta: Earliest time to run, with a timezone.
+        expires: Seconds from now, or a time with a timezone, after which the job is neither run nor retried.
+        priority: 0 to 9, larger runs first.
+        queue: Where to put it.
+        max_retries: For this job instead of its task's; -1 for ever.
+        job_id: A UUID of the caller's own. A job that has or had it is not enqueued again.
+        headers: JSON values that travel with the job.
+    """
+
+    countdown: float | None
+    eta: datetime | None
+    expires: float | datetime | None
+    priority: int | None
+    queue: str | None
+    max_retries: int | None
+    job_id: str | UUID | None
+    headers: Mapping[str, Any] | None
+
+
+JOB_OPTIONS: Final = frozenset(JobOptions.__annotations__)
+
+_CELERY_OPTIONS: Final = {
+    "task_id": "it is called job_id here",
+    "routing_key": "it is called queue here",
+    "exchange": "it is called queue here",
+    "retry": "a lost connection is repeated by itself",
+    "retry_policy": "a lost connection is repeated by itself",
+    "link": "enqueue the next job at the end of the task",
+    "link_error": "a job that failed is a dead letter",
+    "ignore_result": "results are kept as long as history is",
+    "serializer": "arguments are always JSON",
+    "compression": "Postgres compresses large arguments",
+    "producer": "pass a connection",
+    "delay": "it is called countdown here",
+    "run_at": "it is called eta here",
+}
+
+
+def check_option_names(call: str, options: Mapping[str, object]) -> None:
+    """TypeError naming ours, if an option is not of `JobOptions`."""
+    if options.keys() <= JOB_OPTIONS:
+        return
+    unknown = [f"{name!r}{_meant(name)}" for name in options if name not in JOB_OPTIONS]
+    raise TypeError(f"{call}() got an unknown option {', '.join(unknown)}")
+
+
+def _meant(name: str) -> str:
+    if name in _CELERY_OPTIONS:
+        return f" ({_CELERY_OPTIONS[name]})"
+    close = difflib.get_close_matches(name, JOB_OPTIONS, n=1)
+    return f" (did you mean {close[0]}?)" if close else f" (known are {', '.join(sorted(JOB_OPTIONS))})"
+
+
+def build_request(
+    task: str,
+    args: str,
+    kwargs: str,
+    options: Mapping[str, Any],
+    *,
+    queue: str,
+    priority: int,
+    expires: float | None,
+) -> JobRequest:
+    """A checked request.
+
+    Args:
+        task: The task's name.
+        args: Encoded.
+        kwargs: Encoded.
+        options: As in `JobOptions`; names are checked already.
+        queue: Unless the options say otherwise.
+        priority: Unless the options say otherwise.
+        expires: Seconds, unless the options say otherwise.
+
+    Raises:
+        ValueError: An option's value is out of its range, or two exclude each other.
+        TypeError: An option's value is of a wrong type.
+        PayloadError: `headers` are not JSON values.
+    """
+    if not options:
+        return JobRequest(new_id(), task, args, kwargs, queue, priority, expires_in=expires)
+    get = options.get
+    countdown, eta, until = get("countdown"), get("eta"), get("expires")
+    if countdown is not None and eta is not None:
+        raise ValueError("countdown and eta exclude each other: give one of them")
+    job_id, headers = get("job_id"), get("headers")
+    wanted_queue, wanted_priority = get("queue"), get("priority")
+    at = isinstance(until, datetime)
+    return JobRequest(
+        id=new_id() if job_id is None else check_id(job_id),
+        task=task,
+        args=args,
+        kwargs=kwargs,
+        queue=queue if wanted_queue is None else check_queue(wanted_queue),
+        priority=priority if wanted_priority is None else check_priority(wanted_priority),
+        eta=None if eta is None else check_time("eta", eta),
+        countdown=None if countdown is None else check_seconds("countdown", countdown),
+        expires_at=check_time("expires", until) if at else None,
+        expires_in=None if at else expires if until is None else check_seconds("expires", until),
+        max_retries=check_max_retries(get("max_retries")),
+        headers="{}" if headers is None else _encode_headers(headers),
+        given_id=job_id is not None,
+    )
+
+
+def check_time(name: str, value: object) -> datetime:
+    """The time in UTC; TypeError unless it is a datetime, ValueError unless it has a timezone."""
+    if not isinstance(value, datetime):
+        raise TypeError(f"{name} must be a datetime with a timezone, got {value!r}")
+    if value.utcoffset() is None:
+        raise ValueError(
+            f"{name} must have a timezone, got {value!r}; for UTC use {name}.replace(tzinfo=timezone.utc)"
+        )
+    try:
+        moment = value.astimezone(UTC)
+    except OverflowError:
+        moment = datetime.max.replace(tzinfo=UTC)
+    if moment.year >= 9999:
+        raise ValueError(f"{name} must be before the year 9999, got {value!r}")
+    return moment
+
+
+def check_seconds(name: str, value: object) -> float:
+    """A finite number of seconds; a negative one is in the past."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        expected = "a number of seconds" if name == "countdown" else "a number of seconds or a datetime"
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+    if not math.isfinite(value) or abs(value) > MAX_SECONDS:
+        raise ValueError(f"{name} must be a finite number of seconds before the year 9999, got {value!r}")
+    return max(float(value), -LONG_AGO)
+
+
+def check_max_retries(value: object) -> int | None:
+    """None for the task's own, -1 for ever, else a number from 0."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"max_retries must be a whole number, got {value!r}")
+    if value < -1 or value > 2**31 - 1:
+        raise ValueError(f"max_retries must be at least 0, or -1 for ever, got {value}")
+    return value
+
+
+def _encode_headers(headers: object) -> str:
+    if not isinstance(headers, Mapping):
+        raise TypeError(f"headers must be a mapping, got {headers!r}")
+    return encode_headers(headers)
+
+
+def insert_one(request: JobRequest, *, repeated: bool = False) -> Plan[str]:
+    """Enqueue one job; its id. `repeated`: it may be there already, or have ended."""
+    parameters = {
+        "task": request.task,
+        "args": request.args,
+        "kwargs": request.kwargs,
+        "queue": request.queue,
+        "priority": request.priority,
+        "eta": request.eta,
+        "countdown": request.countdown,
+        "expires_at": request.expires_at,
+        "expires_in": request.expires_in,
+        "id": request.id,
+        "headers": request.headers,
+        "max_retries": request.max_retries,
+        "new_id": not (repeated or request.given_id),
+    }
+
+    def plan(channel: Channel) -> Steps[str]:
+        rows = yield Statement("enqueue_job", parameters)
+        job_id: str = rows[0][0]
+        return job_id
+
+    return plan
+
+
+def insert_many(requests: Sequence[JobRequest], *, repeated: bool = False) -> Plan[list[str]]:
+    """Enqueue jobs; their ids in order. By COPY, if ids are fresh, and role and connection allow."""
+
+    def plan(channel: Channel) -> Steps[list[str]]:
+        if not requests:
+            return []
+        rows = yield Statement("read_clock", {"schema": channel.schema})
+        now, may_copy = float(rows[0][0]), rows[0][1]
+        new_ids = not repeated and not any(request.given_id for request in requests)
+        if new_ids and may_copy and channel.can_copy:
+            return (yield from _copy_jobs(requests, now))
+        ids: list[str] = []
+        for chunk in _chunks(requests, CHUNK):
+            parameters = {"jobs": _jobs_json(chunk, now), "new_ids": new_ids}
+            ids += [row[0] for row in (yield Statement("enqueue_jobs", parameters))]
+        return ids
+
+    return plan
+
+
+def in_transaction_of_caller(plan: Plan[T], home: str | None) -> Plan[T]:
+    """The plan, after a look at whether it is the right database."""
+
+    def checked(channel: Channel) -> Steps[T]:
+        yield from check_install(channel, home)
+        return (yield from plan(channel))
+
+    return checked
+
+
+_COPY_COLUMNS: Final = (
+    "id", "state", "queue", "task", "args", "kwargs", "priority", "eta", "expires_at", "max_retries",
+    "headers",
+)  # fmt: skip
+
+
+def _copy_jobs(requests: Sequence[JobRequest], now: float) -> Steps[list[str]]:
+    ready: set[str] = set()
+    scheduled: dict[str, datetime] = {}
+    for chunk in _chunks(requests, COPY_CHUNK):
+        lines = []
+        for request in chunk:
+            eta, expires_at = _times(request, now)
+            waits = eta is not None and eta.timestamp() > now
+            if waits and eta is not None:
+                scheduled[request.queue] = min(eta, scheduled.get(request.queue, eta))
+            else:
+                ready.add(request.queue)
+            lines.append(_copy_line(request, "scheduled" if waits else "ready", eta, expires_at))
+        yield Copy("jobs", _COPY_COLUMNS, "".join(lines).encode())
+    if ready:
+        yield Statement("wake_workers", {"queues": sorted(ready), "eta": None})
+    if scheduled:
+        yield Statement("wake_workers", {"queues": sorted(scheduled), "eta": min(scheduled.values())})
+    return [request.id for request in requests]
+
+
+def _copy_line(request: JobRequest, state: str, eta: datetime | None, expires_at: datetime | None) -> str:
+    r"""One row of COPY's text format.
+
+    Names have no control characters and JSON escapes its own, so the backslash is all there is to double.
+    """
+    return (
+        f"{request.id}\t{state}\t{request.queue}\t{_doubled(request.task)}\t{_doubled(request.args)}"
+        f"\t{_doubled(request.kwargs)}\t{request.priority}"
+        f"\t{_null if eta is None else eta.isoformat()}"
+        f"\t{_null if expires_at is None else expires_at.isoformat()}"
+        f"\t{_null if request.max_retries is None else request.max_retries}\t{_doubled(request.headers)}\n"
+    )
+
+
+_null: Final = r"\N"
+
+
+def _doubled(text: str) -> str:
+    return text.replace("\\", "\\\\") if "\\" in text else text
+
+
+def _jobs_json(requests: Sequence[JobRequest], now: float) -> str:
+    """The argument of the SQL function `enqueue_many`. Payloads are JSON already, and go in as they are."""
+    return f"[{','.join(_job_json(request, now) for request in requests)}]"
+
+
+def _job_json(request: JobRequest, now: float) -> str:
+    eta, expires_at = _times(request, now)
+    fields = {
+        "id": request.id,
+        "queue": request.queue,
+        "task": request.task,
+        "priority": request.priority,
+        "eta": None if eta is None else eta.isoformat(),
+        "expires_at": None if expires_at is None else expires_at.isoformat(),
+        "max_retries": request.max_retries,
+    }
+    head = json.dumps(fields, ensure_ascii=False)[:-1]
+    return f'{head}, "args": {request.args}, "kwargs": {request.kwargs}, "headers": {request.headers}}}'
+
+
+def _times(request: JobRequest, now: float) -> tuple[datetime | None, datetime | None]:
+    """eta and expires_at, with the database's clock for what counts from now."""
+    eta, expires_at = request.eta, request.expires_at
+    if request.countdown is not None:
+        eta = _later(now, request.countdown)
+    if request.expires_in is not None:
+        expires_at = _later(now, request.expires_in)
+    return eta, expires_at
+
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _later(now: float, seconds: float) -> datetime:
+    return _EPOCH + timedelta(seconds=now + seconds)
+
+
+def _chunks(requests: Sequence[JobRequest], size: int) -> Generator[Sequence[JobRequest], None, None]:
+    remaining = iter(requests)
+    while chunk := list(islice(remaining, size)):
+        yield chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Run a plan on a connection of our own."""
+
+    plan: Plan[Any]
+    atomic: bool
+
+
+def until_settled(
+    plan_for: Callable[[bool], Plan[T]], *, atomic: bool, job_id: str
+) -> Generator[Attempt | Pause, Any, T]:
+    """Enqueue on a connection of our own, again after it broke, until the database has said yes or no.
+
+    Args:
+        plan_for: Makes the plan; its argument says that the ids may have been used by an attempt before.
+        atomic: The first attempt needs a transaction. A repeat always has one: it must be READ COMMITTED.
+        job_id: For `EnqueueUncertain`.
+    """
+    deadline = 0.0
+    lost: ConnectionLost | None = None
+    for pause in (0.0, *_PAUSES):
+        if lost is not None:
+            yield Pause(pause)
+        try:
+            result: T = yield Attempt(plan_for(lost is not None), atomic or lost is not None)
+            return result
+        except ConnectionLost as error:
+            deadline = deadline or time.monotonic() + REPEAT_FOR
+            lost = error
+        except DatabaseUnavailable:
+            if lost is None:  # nothing was sent, so nothing is uncertain
+                raise
+        if time.monotonic() > deadline:
+            break
+    raise EnqueueUncertain(
+        f"the connection broke and the database did not come back within {REPEAT_FOR:g} s: job {job_id} may "
+        "or may not be enqueued; repeat the call with this job_id",
+        job_id=job_id,
+    ) from lost
+
+
+class Client:
+    """Enqueues requests for one application, on a caller's connection or on one of our own.
+
+    Args:
+        schema: Where the queue's tables are.
+        dsn: The queue's database; None when every enqueue comes with a connection.
+    """
+
+    def __init__(self, schema: str, dsn: str | None) -> None:
+        self.schema = schema
+        self._dsn = dsn
+        self._database: Database | None = None
+        self._home: str | None = None
+        self._ask_home_again = 0.0
+
+    @property
+    def database(self) -> Database:
+        """The queue's own database; ConfigError without a DSN."""
+        if self._database is None:
+            if self._dsn is None:
+                raise ConfigError(
+                    "no database: pass dsn=, or set PGQUEUE_DSN, or enqueue through .on(connection)"
+                )
+            from pgqueue.database.pool import Database
+
+            self._database = Database(self._dsn, self.schema)
+        return self._database
+
+    def enqueue(self, request: JobRequest, caller: SyncCaller | None) -> str:
+        """Enqueue one job; its id."""
+        if caller is not None:
+            return self._in_transaction(insert_one(request), caller)
+        return drive(self._one(request), self._perform)
+
+    async def aenqueue(self, request: JobRequest, caller: AsyncCaller | None) -> str:
+        """Enqueue one job; its id."""
+        if caller is not None:
+            return await self._ain_transaction(insert_one(request), caller)
+        return await adrive(self._one(request), self._aperform)
+
+    def enqueue_many(self, requests: Sequence[JobRequest], caller: SyncCaller | None) -> list[str]:
+        """Enqueue jobs, all or none; their ids in the same order."""
+        if caller is not None:
+            return self._in_transaction(insert_many(requests), caller)
+        return drive(self._many(requests), self._perform)
+
+    async def aenqueue_many(self, requests: Sequence[JobRequest], caller: AsyncCaller | None) -> list[str]:
+        """Enqueue jobs, all or none; their ids in the same order."""
+        if caller is not None:
+            return await self._ain_transaction(insert_many(requests), caller)
+        return await adrive(self._many(requests), self._aperform)
+
+    def close(self) -> None:
+        """Close the idle connections of this process."""
+        if self._database is not None:
+            self._database.close()
+
+    async def aclose(self) -> None:
+        """Close the idle connections, those of the running event loop too."""
+        if self._database is not None:
+            await self._database.aclose()
+
+    def _one(self, request: JobRequest) -> Generator[Attempt | Pause, Any, str]:
+        return until_settled(
+            lambda repeated: insert_one(request, repeated=repeated),
+            atomic=request.given_id,
+            job_id=request.id,
+        )
+
+    def _many(self, requests: Sequence[JobRequest]) -> Generator[Attempt | Pause, Any, list[str]]:
+        first = requests[0].id if requests else ""
+        return until_settled(
+            lambda repeated: insert_many(requests, repeated=repeated), atomic=True, job_id=first
+        )
+
+    def _perform(self, step: Attempt | Pause) -> Any:
+        if isinstance(step, Pause):
+            time.sleep(step.seconds)
+            return None
+        return self.database.run(step.plan, atomic=step.atomic)
+
+    async def _aperform(self, step: Attempt | Pause) -> Any:
+        if isinstance(step, Pause):
+            import asyncio
+
+            await asyncio.sleep(step.seconds)
+            return None
+        return await self.database.arun(step.plan, atomic=step.atomic)
+
+    def _in_transaction(self, plan: Plan[T], caller: SyncCaller) -> T:
+        if self._must_ask_home():
+            with contextlib.suppress(DatabaseUnavailable):
+                self._home = self.database.find_install()
+        return caller.run(self.schema, in_transaction_of_caller(plan, self._home))
+
+    async def _ain_transaction(self, plan: Plan[T], caller: AsyncCaller) -> T:
+        if self._must_ask_home():
+            with contextlib.suppress(DatabaseUnavailable):
+                self._home = await self.database.afind_install()
+        return await caller.run(self.schema, in_transaction_of_caller(plan, self._home))
+
+    def _must_ask_home(self) -> bool:
+        """Whether to find out which database the DSN means.
+
+        An enqueue in the caller's transaction does not depend on the answer: when it cannot be had, nobody
+        waits for it again for a minute.
+        """
+        if self._home is not None or self._dsn is None or time.monotonic() < self._ask_home_again:
+            return False
+        self._ask_home_again = time.monotonic() + ASK_HOME_AGAIN
+        return True

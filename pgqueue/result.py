@@ -1,0 +1,243 @@
+"""What became of a job: `AsyncResult`, shaped like Celery's, read from the tables; nothing is pushed.
+
+Reads run on connections of our own, never on the caller's: an uncommitted job is `unknown`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from pgqueue.codec import decode_result
+from pgqueue.database.connection import (
+    Channel,
+    ConnectionLost,
+    Pause,
+    Statement,
+    Steps,
+    adrive,
+    drive,
+)
+from pgqueue.errors import (
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    JobNotFound,
+    ResultError,
+    ResultUnavailable,
+)
+from pgqueue.job import FINISHED_STATES, State
+
+if TYPE_CHECKING:
+    from pgqueue.database.pool import Database
+
+R_co = TypeVar("R_co", covariant=True)
+
+FIRST_POLL: Final = 0.005
+LAST_POLL: Final = 0.5
+UNKNOWN_FOR: Final = 5.0
+"""Seconds an id may be unknown to `get`: the transaction that enqueues it may still be open."""
+
+current_request: ContextVar[Any] = ContextVar("pgqueue.current_request", default=None)
+"""The `Request` of the job that runs here, None outside a task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One look at a job."""
+
+    state: State
+    result: str | None = None
+    result_error: str | None = None
+    reason: str | None = None
+    error_class: str | None = None
+    error_message: str | None = None
+    traceback: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in FINISHED_STATES or self.state == "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Read the job's outcome."""
+
+
+_LOOK: Final = _Look()
+
+
+class AsyncResult(Generic[R_co]):
+    """A job that was enqueued, and its result once it has one.
+
+    Args:
+        job_id: Its id, in the spelling the database uses.
+        database: Where to look; called on first use.
+    """
+
+    def __init__(self, job_id: str, database: Callable[[], Database]) -> None:
+        self._id = job_id
+        self._database = database
+        self._succeeded: Outcome | None = None
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+    def __repr__(self) -> str:
+        return f"<AsyncResult {self._id}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AsyncResult) and other._id == self._id
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
+    @property
+    def state(self) -> State:
+        """A job's state, or `unknown`: not committed, pruned, or never there."""
+        return self._look().state
+
+    def ready(self) -> bool:
+        """Whether it has ended, one way or another."""
+        return self._look().ended
+
+    def successful(self) -> bool:
+        return self._look().state == "succeeded"
+
+    def failed(self) -> bool:
+        """Whether it is a dead letter."""
+        return self._look().state == "dead"
+
+    @property
+    def result(self) -> Any:
+        """What it returned; the exception `get` would raise if it ended otherwise; None before."""
+        outcome = self._look()
+        if not outcome.ended:
+            return None
+        try:
+            return self._value(outcome)
+        except ResultError as error:
+            return error
+
+    @property
+    def traceback(self) -> str | None:
+        """Of a dead letter's last run, as text."""
+        return self._look().traceback
+
+    def get(self, timeout: float | None = None) -> R_co:
+        """Wait for the job's end; what it returned, as JSON values.
+
+        Args:
+            timeout: Seconds; None waits for ever.
+
+        Raises:
+            JobFailed: It is a dead letter.
+            JobCancelled: It was cancelled.
+            JobExpired: It expired.
+            JobNotFound: Nobody knew it for five seconds.
+            ResultUnavailable: It succeeded, and its result was not stored.
+            TimeoutError: It has not ended in time.
+            RuntimeError: Called inside a task: jobs that wait for jobs stop a queue when all slots wait.
+        """
+        return drive(self._until_ended(timeout), self._perform)
+
+    async def aget(self, timeout: float | None = None) -> R_co:
+        """`get`, awaited."""
+        return await adrive(self._until_ended(timeout), self._aperform)
+
+    def _until_ended(self, timeout: float | None) -> Generator[_Look | Pause, Any, R_co]:
+        if current_request.get() is not None:
+            raise RuntimeError(
+                f"a task must not wait for another job ({self._id}): when all slots wait, none is left for it"
+            )
+        start = time.monotonic()
+        known_until = start
+        pause = FIRST_POLL
+        while True:
+            outcome: Outcome = yield _LOOK
+            if outcome.ended:
+                value: R_co = self._value(outcome)
+                return value
+            now = time.monotonic()
+            if outcome.state != "unknown":
+                known_until = now
+            elif now - known_until >= UNKNOWN_FOR:
+                raise JobNotFound(
+                    f"no job {self._id}: not committed, pruned, or in another database", job_id=self._id
+                )
+            if timeout is not None and now - start >= timeout:
+                raise TimeoutError(f"job {self._id} is {outcome.state} after {timeout:g} s")
+            left = pause if timeout is None else start + timeout - now
+            yield Pause(min(pause, left))
+            pause = min(pause * 1.5, LAST_POLL)
+
+    def _look(self) -> Outcome:
+        if self._succeeded is not None:
+            return self._succeeded
+        return self._remember(drive(_twice(), lambda _: self._database().run(self._find)))
+
+    async def _alook(self) -> Outcome:
+        if self._succeeded is not None:
+            return self._succeeded
+        return self._remember(await adrive(_twice(), lambda _: self._database().arun(self._find)))
+
+    def _remember(self, outcome: Outcome) -> Outcome:
+        if outcome.state == "succeeded":  # final, unlike a death: a dead letter can be requeued
+            self._succeeded = outcome
+        return outcome
+
+    def _perform(self, step: _Look | Pause) -> Outcome | None:
+        if not isinstance(step, Pause):
+            return self._look()
+        time.sleep(step.seconds)
+        return None
+
+    async def _aperform(self, step: _Look | Pause) -> Outcome | None:
+        if not isinstance(step, Pause):
+            return await self._alook()
+        import asyncio
+
+        await asyncio.sleep(step.seconds)
+        return None
+
+    def _find(self, channel: Channel) -> Steps[Outcome]:
+        rows = yield Statement("find_job", {"id": self._id})
+        return Outcome(*rows[0]) if rows else Outcome("unknown")
+
+    def _value(self, outcome: Outcome) -> Any:
+        """The result of a job that has ended, or the error that stands for it."""
+        if outcome.state == "succeeded":
+            if outcome.result is not None:
+                return decode_result(outcome.result)
+            if outcome.result_error is not None:
+                raise ResultUnavailable(
+                    f"job {self._id} succeeded, its result was not stored: {outcome.result_error}",
+                    job_id=self._id,
+                )
+            return None
+        if outcome.state == "cancelled":
+            raise JobCancelled(f"job {self._id} was cancelled", job_id=self._id)
+        if outcome.state == "expired":
+            raise JobExpired(f"job {self._id} expired before it could run", job_id=self._id)
+        because = ": ".join(part for part in (outcome.error_class, outcome.error_message) if part)
+        reason = outcome.reason or "unknown"
+        raise JobFailed(
+            f"job {self._id} failed ({reason}){': ' if because else ''}{because}",
+            job_id=self._id,
+            reason=reason,
+            error_class=outcome.error_class,
+            error_message=outcome.error_message,
+            remote_traceback=outcome.traceback,
+        )
+
+
+def _twice() -> Generator[_Look, Outcome, Outcome]:
+    """Look, and once more when a kept connection turns out to be broken."""
+    try:
+        return (yield _LOOK)
+    except ConnectionLost:
+        return (yield _LOOK)
