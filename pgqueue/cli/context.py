@@ -1,0 +1,50 @@
+"""What the options before the command say: which application, which database."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import click
+
+from pgqueue.config import Config
+
+if TYPE_CHECKING:
+    from pgqueue.app import PgQueue
+
+
+@dataclass
+class Context:
+    """The root command's options."""
+
+    target: str | None
+    dsn: str | None
+    schema: str | None
+
+    @cached_property
+    def app(self) -> PgQueue | None:
+        """The application, imported with its tasks; None when -A was not given."""
+        if self.target is None:
+            return None
+        from pgqueue.app import load_app
+
+        app = load_app(self.target)
+        app.configure(**{key: value for key, value in (("dsn", self.dsn), ("schema", self.schema)) if value})
+        app.import_tasks()
+        return app
+
+    @cached_property
+    def config(self) -> Config:
+        """The settings: flags beat the application's, which beat the environment."""
+        if self.app is not None:
+            return self.app.config
+        return Config.load(os.environ, dsn=self.dsn, schema=self.schema)
+
+    @property
+    def database(self) -> str:
+        """The DSN; a usage error when nobody names one."""
+        if self.config.dsn is None:
+            raise click.UsageError("no database: pass --dsn, set PGQUEUE_DSN, or name an application with -A")
+        return self.config.dsn

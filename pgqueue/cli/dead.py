@@ -1,0 +1,363 @@
+"""`pgqueue dead`: list, show and requeue dead letters."""
+
+from __future__ import annotations
+
+import getpass
+import re
+import socket
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from pgqueue.cli.context import Context
+from pgqueue.cli.output import (
+    clean,
+    clean_lines,
+    duration,
+    plural,
+    shortened,
+    show,
+    show_json,
+    table,
+    to_json,
+)
+from pgqueue.database import dead as letters
+from pgqueue.database.dead import ANY, BATCH, DeadFilter, Requeued
+from pgqueue.database.session import Session, open_session
+from pgqueue.job import DEAD_REASONS, check_id
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_UNITS = {"s": "seconds", "m": "minutes", "min": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_MESSAGE_LENGTH = 60
+
+
+def read_since(ctx: click.Context, param: click.Parameter, value: str | None) -> datetime | timedelta | None:
+    """`90s`, `15m`, `2h`, `3d`, `1w`: that long ago; or ISO 8601, in UTC unless it says otherwise."""
+    if value is None:
+        return None
+    try:
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", value.strip()):
+            return timedelta(**{_UNITS[match[2]]: float(match[1])})
+        moment = datetime.fromisoformat(value)
+        return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    except (ValueError, KeyError, OverflowError):
+        raise click.BadParameter(f"must be like 30m, 2h, 3d or 2026-01-31T09:00Z, got {value!r}") from None
+
+
+def read_id(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A job id in its usual spelling."""
+    try:
+        return check_id(value)
+    except ValueError:
+        raise click.BadParameter(f"a job id is a UUID, got {value!r}") from None
+
+
+def read_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Job ids, each once."""
+    return tuple(dict.fromkeys(read_id(ctx, param, value) for value in values))
+
+
+def filters(command: Command) -> Command:
+    """The options that say which dead letters."""
+    for option in (
+        click.option(
+            "--since", callback=read_since, metavar="AGO|TIME", help="Died since 30m, 2h, 3d, or a time."
+        ),
+        click.option("--error", metavar="CLASS", help="Class of the last exception, its module optional."),
+        click.option("--reason", type=click.Choice(DEAD_REASONS), help="Why they are dead."),
+        click.option("--task", metavar="NAME", help="Name of their task."),
+        click.option("--queue", metavar="NAME", help="Queue they came from, or label they lie under."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  pgqueue dead list --since 2h
+  pgqueue dead show 01890a5d-ac96-774b-bcce-b302099a8057
+  pgqueue dead requeue --task shop.tasks.send_email --yes"""
+)
+def dead() -> None:
+    """Jobs that will not run again by themselves: list, show and requeue them."""
+
+
+@dead.command(
+    "list",
+    epilog="""\b
+Examples:
+  pgqueue dead list
+  pgqueue dead list --queue failed_emails --since 2h
+  pgqueue dead list --error SMTPServerDisconnected --json""",
+)
+@filters
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Show so many at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def list_command(context: Context, /, limit: int, as_json: bool, **which: Any) -> None:
+    """List dead letters, the last that died first."""
+    with open_session(context.database, schema=context.config.schema) as session:
+        found = letters.list_dead_letters(session, _filter(which), limit=limit + 1)
+        if as_json:
+            show_json(found[:limit])
+            return
+        total = letters.count_dead_letters(session, _filter(which)) if len(found) > limit else len(found)
+    if not found:
+        show(Text("no dead letters"))
+        return
+    rows = [
+        (
+            letter.id,
+            f"{duration(letter.seconds)} ago",
+            letter.dead_letter_queue,
+            letter.task,
+            letter.reason,
+            letter.attempt,
+            shortened(_error(letter.error_class, letter.error_message), _MESSAGE_LENGTH),
+        )
+        for letter in found[:limit]
+    ]
+    show(table(("id", "died", "queue", "task", "reason", "attempts", "error"), rows, right=("attempts",)))
+    if total > limit:
+        click.echo(f"{limit:,} of {total:,}; --limit shows more", err=True)
+
+
+@dead.command(
+    "show",
+    epilog="""\b
+Examples:
+  pgqueue dead show 01890a5d-ac96-774b-bcce-b302099a8057
+  pgqueue dead show 01890a5d-ac96-774b-bcce-b302099a8057 --json | jq .kwargs""",
+)
+@click.argument("job_id", callback=read_id, metavar="ID")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def show_command(context: Context, job_id: str, as_json: bool) -> int:
+    """Show one dead letter: arguments, error, traceback and each failed attempt.
+
+    Exit status: 1 if the job is not a dead letter; the message says what it is.
+    """
+    with open_session(context.database, schema=context.config.schema) as session:
+        letter = letters.show_dead_letter(session, job_id)
+        if letter is None:
+            _say_not_dead(session, job_id)
+            return 1
+    if as_json:
+        show_json(letter)
+    else:
+        _show_letter(letter)
+    return 0
+
+
+@dead.command(
+    "requeue",
+    epilog="""\b
+Examples:
+  pgqueue dead requeue 01890a5d-ac96-774b-bcce-b302099a8057 --note 'address corrected'
+  pgqueue dead requeue --task shop.tasks.send_email --since 2h
+  pgqueue dead requeue --queue failed_emails --limit 100 --yes""",
+)
+@click.argument("job_ids", callback=read_ids, metavar="[ID]...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All dead letters.")
+@filters
+@click.option("--limit", type=click.IntRange(1), help="Requeue so many at most, by id.")
+@click.option("--note", metavar="TEXT", help="Why you do it, for the audit log.")
+@click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def requeue_command(
+    context: Context,
+    /,
+    job_ids: tuple[str, ...],
+    everything: bool,
+    limit: int | None,
+    note: str | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+    **which: Any,
+) -> int:
+    """Put dead letters back into their queues: with the attempts counted on, the retries counted anew.
+
+    By id it acts at once. By filter it asks on a terminal, and elsewhere only says how many it would requeue,
+    unless there is --yes. A job whose unique key another live job has stays dead and is reported.
+
+    Exit status: 1 if an id is not a dead letter, or a job had to stay dead.
+    """
+    where = _filter(which)
+    _check_choice(job_ids, everything, where, limit)
+    with open_session(context.database, schema=context.config.schema) as session:
+        if job_ids:
+            return _requeue_ids(session, job_ids, note, dry_run=dry_run, as_json=as_json)
+        matching = letters.count_dead_letters(session, where)
+        count = matching if limit is None else min(matching, limit)
+        if dry_run or not count or not (yes or _agreed(count)):
+            if as_json:
+                show_json({"dry_run": True, "would_requeue": count})
+            else:
+                way = "" if dry_run or not count else "; --yes does it"
+                click.echo(f"would requeue {plural(count, 'dead letter')}{way}")
+            return 0
+        done = _requeue_matching(session, where, limit, count, note)
+        return _report(done, as_json=as_json)
+
+
+def _check_choice(job_ids: tuple[str, ...], everything: bool, where: DeadFilter, limit: int | None) -> None:
+    """Ids, or filters, or --all: UsageError unless it is exactly one of them."""
+    ways = [bool(job_ids), where != ANY, everything]
+    if sum(ways) != 1:
+        problem = "say which" if not any(ways) else "ids, filters and --all exclude each other"
+        raise click.UsageError(
+            f"{problem}: ids, or filters (--queue, --task, --reason, --error, --since), or --all"
+        )
+    if job_ids and limit is not None:
+        raise click.UsageError("--limit goes with filters or --all, not with ids")
+
+
+def _agreed(count: int) -> bool:
+    """Ask, where there is somebody to ask."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    return click.confirm(f"requeue {plural(count, 'dead letter')}?", err=True)
+
+
+def _requeue_ids(
+    session: Session, job_ids: tuple[str, ...], note: str | None, *, dry_run: bool, as_json: bool
+) -> int:
+    if dry_run:
+        missing = [each for each in job_ids if letters.find_state(session, each) != "dead"]
+        count = len(job_ids) - len(missing)
+        if as_json:
+            show_json({"dry_run": True, "would_requeue": count})
+        else:
+            click.echo(f"would requeue {plural(count, 'dead letter')}")
+    else:
+        done = letters.requeue(session, job_ids, by=_who(), reason=note)
+        missing = done.missing
+        status = _report(done, as_json=as_json)
+    for job_id in missing:
+        _say_not_dead(session, job_id)
+    return 1 if missing or (not dry_run and status) else 0
+
+
+def _requeue_matching(
+    session: Session, where: DeadFilter, limit: int | None, count: int, note: str | None
+) -> Requeued:
+    quiet = count <= BATCH or not sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
+        bar = progress.add_task("requeueing", total=count)
+        return letters.requeue_where(
+            session,
+            where,
+            limit=limit,
+            by=_who(),
+            reason=note,
+            progress=lambda moved: progress.advance(bar, moved),
+        )
+
+
+def _report(done: Requeued, *, as_json: bool) -> int:
+    """Say what became of it; the exit status."""
+    for refusal in done.refused:
+        click.echo(f"pgqueue: job {refusal.id} stays dead: {clean(refusal.why)}", err=True)
+    if as_json:
+        show_json({"dry_run": False, "requeued": done.ids, "refused": done.refused})
+    else:
+        click.echo(f"requeued {plural(len(done.ids), 'dead letter')}")
+    return 1 if done.refused else 0
+
+
+def _say_not_dead(session: Session, job_id: str) -> None:
+    state = letters.find_state(session, job_id)
+    if state == "unknown":
+        what = f"no job {job_id}: never committed, pruned, or in another database"
+    elif state == "dead":
+        what = f"job {job_id} is in somebody else's hands just now; try again"
+    else:
+        what = f"job {job_id} is {state}, not dead"
+    click.echo(f"pgqueue: {what}", err=True)
+
+
+def _show_letter(letter: dict[str, Any]) -> None:
+    facts = {
+        "id": letter["id"],
+        "task": letter["task"],
+        "queue": letter["queue"],
+        "dead-letter queue": letter["dead_letter_queue"],
+        "reason": letter["reason"],
+        "error": _error(letter["error_class"], letter["error_message"]),
+        "died": _moment(letter["died_at"]),
+        "enqueued": f"{_moment(letter['enqueued_at'])} by {letter['enqueued_by']}",
+        "args": to_json(letter["args"]),
+        "kwargs": to_json(letter["kwargs"]),
+        "headers": to_json(letter["headers"]),
+        "unique key": letter["unique_key"],
+        "priority": letter["priority"],
+        "attempts": letter["attempt"],
+        "retries": f"{letter['retries']} of {_most(letter['max_retries'])}",
+        "crashes": letter["crashes"],
+        "rescues": letter["rescues"],
+        "worker": letter["worker_id"],
+    }
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts.items():
+        grid.add_row(Text(name), Text(clean(value)))
+    show(grid)
+    if letter["traceback"]:
+        show(Text(f"\n{clean_lines(letter['traceback']).rstrip()}"))
+    if letter["failures"]:
+        rows = [
+            (
+                failure["attempt"],
+                failure["kind"],
+                _moment(failure["failed_at"]),
+                failure["worker_id"],
+                _error(failure["error_class"], failure["error_message"]),
+            )
+            for failure in letter["failures"]
+        ]
+        show(Text(""))
+        show(table(("attempt", "kind", "when", "worker", "error"), rows, right=("attempt",)))
+
+
+def _moment(time: datetime) -> str:
+    return time.isoformat(sep=" ", timespec="seconds")
+
+
+def _most(max_retries: int | None) -> str:
+    return {None: "the task's limit", -1: "any number"}.get(max_retries, str(max_retries))
+
+
+def _error(error_class: str | None, message: str | None) -> str:
+    return ": ".join(part for part in (error_class, message) if part) or "-"
+
+
+def _who() -> str:
+    """Who is at the keyboard, for the audit log."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        user = "?"
+    return f"{user}@{socket.gethostname()}"
+
+
+def _filter(which: dict[str, Any]) -> DeadFilter:
+    return DeadFilter(
+        queue=which["queue"],
+        task=which["task"],
+        reason=which["reason"],
+        error_class=which["error"],
+        since=which["since"],
+    )

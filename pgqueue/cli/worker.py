@@ -1,0 +1,115 @@
+"""`pgqueue worker`."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import click
+
+from pgqueue import __version__
+from pgqueue.cli.context import Context
+from pgqueue.config import LOG_LEVELS, Config
+from pgqueue.job import check_queue
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+def parse_queues(text: str | None) -> tuple[list[str], dict[str, float] | None]:
+    """`high,normal` → those queues, strictly in order; `high:3,normal:1` → with weights.
+
+    Raises:
+        ValueError: A name or weight is wrong, a queue comes twice, or only some have weights.
+    """
+    if text is None:
+        return [], None
+    queues: list[str] = []
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, colon, weight = part.strip().rpartition(":")
+        if colon and re.fullmatch(r"\d+(\.\d+)?", weight):
+            if float(weight) <= 0:
+                raise ValueError(f"a weight must be above 0, got {part.strip()!r}")
+            weights[check_queue(name)] = float(weight)
+        else:
+            name = check_queue(part.strip())
+        if name in queues:
+            raise ValueError(f"queue {name!r} is named twice")
+        queues.append(name)
+    if weights and len(weights) < len(queues):
+        missing = ", ".join(queue for queue in queues if queue not in weights)
+        raise ValueError(f"give every queue a weight or none; without one: {missing}")
+    return queues, weights or None
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  pgqueue -A shop.app:app worker
+  pgqueue -A shop.app:app worker -Q high,normal -c 4
+  pgqueue -A shop.app:app worker -Q high:3,normal:1
+
+SIGTERM or Ctrl-C: finish what is running, give the rest back, leave. A second one does not wait."""
+)
+@click.option(
+    "-Q",
+    "--queues",
+    metavar="NAMES",
+    help="Queues to serve, the first before the second; name:weight shares instead.  [default: all]",
+)
+@click.option(
+    "-c", "--concurrency", type=click.IntRange(1, 1024), help="Jobs at a time.  [default: usable CPUs]"
+)
+@click.option("-l", "--loglevel", type=click.Choice(LOG_LEVELS, case_sensitive=False), help="[default: INFO]")
+@click.option(
+    "--poll-interval", type=float, metavar="SECONDS", help="Idle looks without a notification.  [default: 5]"
+)
+@click.option("--heartbeat", type=float, metavar="SECONDS", help="Signs of life.  [default: 5]")
+@click.option(
+    "--lease", type=float, metavar="SECONDS", help="Silence after which others take over.  [default: 30]"
+)
+@click.option(
+    "--shutdown-timeout",
+    type=float,
+    metavar="SECONDS",
+    help="Time to finish running jobs when stopped.  [default: 25]",
+)
+@click.option("--max-crashes", type=int, help="Process deaths that bury a job.  [default: 3]")
+@click.pass_obj
+def worker(
+    context: Context,
+    queues: str | None,
+    concurrency: int | None,
+    loglevel: str | None,
+    poll_interval: float | None,
+    heartbeat: float | None,
+    lease: float | None,
+    shutdown_timeout: float | None,
+    max_crashes: int | None,
+) -> int:
+    """Run jobs."""
+    from pgqueue.worker.run import run_worker
+
+    if context.target is None:
+        raise click.UsageError("a worker needs an application: pgqueue -A module:attribute worker")
+    try:
+        names, weights = parse_queues(queues)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="-Q") from error
+    flags = {
+        "dsn": context.dsn,
+        "schema": context.schema,
+        "concurrency": concurrency,
+        "log_level": loglevel.upper() if loglevel else None,
+        "poll_interval": poll_interval,
+        "heartbeat": heartbeat,
+        "lease": lease,
+        "shutdown_timeout": shutdown_timeout,
+        "max_crashes": max_crashes,
+    }
+    # Wrong flags are reported before anything starts; what the application sets is checked when it is
+    # imported.
+    Config.load({}, **flags)
+    logging.basicConfig(level=(loglevel or "INFO").upper(), format=LOG_FORMAT)
+    finished = run_worker(context.target, version=__version__, flags=flags, queues=names, weights=weights)
+    return 0 if finished else 3

@@ -1,0 +1,279 @@
+"""Dead letters: list them, show one, and put them back into their queues.
+
+Requeueing moves a job: out of `dead_letters`, into `jobs`, with a row in `audit_log`, in one statement per
+batch. So a crash leaves each job on one side, batches before it stay done, and two requeues at once move each
+job once. A job that must not be live now, because another one has its unique key or its id, stays dead and is
+reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from sqlalchemy import ColumnElement, Select, Text, and_, cast, func, literal, or_, select
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+
+from pgqueue.database.session import Row, Session
+from pgqueue.database.tables import metadata_for
+from pgqueue.job import DeadReason, check_id
+
+_DIALECT: Any = PGDialect_psycopg()  # type: ignore[no-untyped-call]
+
+BATCH = 500
+"""Letters per transaction: it holds their locks, and a wake-up waits for its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadFilter:
+    """Which dead letters; None means any.
+
+    Attributes:
+        queue: The queue they came from, or the dead-letter queue they lie under.
+        task: Its name.
+        reason: Why they are dead.
+        error_class: Dotted name of the last exception's class, or its last part.
+        since: Died at this time (aware) or later, or this long ago at most.
+        until: Died at this time (aware) or earlier.
+    """
+
+    queue: str | None = None
+    task: str | None = None
+    reason: DeadReason | None = None
+    error_class: str | None = None
+    since: datetime | timedelta | None = None
+    until: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """One line of a list.
+
+    Attributes:
+        seconds: Since it died, by the database's clock.
+    """
+
+    id: str
+    queue: str
+    dead_letter_queue: str
+    task: str
+    reason: str
+    attempt: int
+    retries: int
+    crashes: int
+    error_class: str | None
+    error_message: str | None
+    died_at: datetime
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A job that was not requeued, and why."""
+
+    id: str
+    why: str
+
+
+@dataclass(slots=True)
+class Requeued:
+    """What became of a requeue.
+
+    Attributes:
+        ids: Jobs that are ready again.
+        refused: Jobs that stay dead.
+        missing: Ids that were no dead letters, or that somebody else had in hand.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def add(self, other: Requeued) -> None:
+        self.ids += other.ids
+        self.refused += other.refused
+        self.missing += other.missing
+
+
+ANY = DeadFilter()
+
+
+def list_dead_letters(
+    session: Session, where: DeadFilter = ANY, *, limit: int | None = 50
+) -> list[DeadLetter]:
+    """Those that match, the last that died first."""
+    table = _table(session)
+    columns = [
+        cast(table.c.id, Text).label("id"),
+        *(
+            table.c[name]
+            for name in ("queue", "dead_letter_queue", "task", "reason", "attempt", "retries", "crashes")
+        ),
+        *(table.c[name] for name in ("error_class", "error_message", "died_at")),
+        func.extract("epoch", func.clock_timestamp() - table.c.died_at).label("seconds"),
+    ]
+    found = select(*columns).where(_matches(session, where))
+    rows = _fetch(session, found.order_by(table.c.died_at.desc(), table.c.id.desc()).limit(limit))
+    return [DeadLetter(**{**row, "seconds": float(row["seconds"])}) for row in rows]
+
+
+def count_dead_letters(session: Session, where: DeadFilter = ANY) -> int:
+    """How many match."""
+    count = select(func.count().label("count")).select_from(_table(session))
+    (row,) = _fetch(session, count.where(_matches(session, where)))
+    return int(row["count"])
+
+
+def show_dead_letter(session: Session, job_id: str) -> dict[str, Any] | None:
+    """The whole job, with its failed attempts as `failures`, oldest first; None if it is no dead letter."""
+    with session.transaction():
+        rows = session.run("find_dead_letter", id=check_id(job_id))
+        if not rows:
+            return None
+        return {**rows[0], "failures": session.run("list_failures", id=check_id(job_id))}
+
+
+def find_state(session: Session, job_id: str) -> str:
+    """A job's state, or `unknown`."""
+    with session.transaction():
+        rows = session.run("find_job", id=check_id(job_id))
+    return str(rows[0]["state"]) if rows else "unknown"
+
+
+def requeue(
+    session: Session, job_ids: Sequence[str], *, by: str | None = None, reason: str | None = None
+) -> Requeued:
+    """Put these dead letters back into their queues.
+
+    Attempts stay; retries, crashes and rescues are counted anew; eta and expiry are gone; each job goes to
+    the end of its lane.
+
+    Args:
+        job_ids: UUIDs.
+        by: Who asks for it, noted in the audit log beside the database role.
+        reason: Why, noted there too.
+    """
+    done = Requeued()
+    ids = list(dict.fromkeys(check_id(job_id) for job_id in job_ids))
+    for start in range(0, len(ids), BATCH):
+        done.add(_requeue_batch(session, ids[start : start + BATCH], by, reason))
+    return done
+
+
+def requeue_where(
+    session: Session,
+    where: DeadFilter,
+    *,
+    limit: int | None = None,
+    by: str | None = None,
+    reason: str | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Requeued:
+    """`requeue` for all that match now, by id; one that dies again meanwhile is left alone.
+
+    Args:
+        limit: So many at most.
+        progress: Called with the number of letters each batch has dealt with.
+    """
+    done = Requeued()
+    for ids in _pages(session, where, limit):
+        done.add(_requeue_batch(session, ids, by, reason))
+        progress(len(ids))
+    # Gone between the look and the grip: somebody else requeued or deleted them, which is no news here.
+    done.missing.clear()
+    return done
+
+
+def _requeue_batch(session: Session, ids: list[str], by: str | None, reason: str | None) -> Requeued:
+    try:
+        with session.transaction():
+            rows = session.run("requeue_dead_letters", ids=ids, by=by, reason=reason)
+            left = [row["id"] for row in rows if not row["moved"]]
+            rivals = session.run("find_rivals", ids=left) if left else []
+    except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+        # An open transaction has just enqueued a job with the unique key of one of these: find out which.
+        if len(ids) == 1:
+            return Requeued(refused=[Refusal(ids[0], "an open transaction holds its unique key; try again")])
+        done = _requeue_batch(session, ids[: len(ids) // 2], by, reason)
+        done.add(_requeue_batch(session, ids[len(ids) // 2 :], by, reason))
+        return done
+    moved = [row for row in rows if row["moved"]]
+    _wake(session, sorted({row["queue"] for row in moved}))
+    return Requeued(
+        ids=[row["id"] for row in moved],
+        refused=[Refusal(row["id"], _why_not(row)) for row in rivals],
+        missing=sorted(set(ids) - {row["id"] for row in rows}),
+    )
+
+
+def _wake(session: Session, queues: list[str]) -> None:
+    """Notify sleeping workers, in a transaction of its own: others that notify wait for its commit."""
+    if not queues:
+        return
+    # The jobs are there either way; without a notification a worker finds them at its next look.
+    with contextlib.suppress(psycopg.Error), session.transaction():
+        session.run("wake_workers", queues=queues, eta=None)
+
+
+def _why_not(row: Row) -> str:
+    if row["id_is_live"]:
+        return "a live job has the same id; wait until it has ended"
+    if row["key_holder"]:
+        return f"job {row['key_holder']} has its unique key {row['unique_key']!r}; wait until it has ended"
+    return "the job that had its unique key has just ended; try again"
+
+
+def _pages(session: Session, where: DeadFilter, limit: int | None) -> Iterator[list[str]]:
+    """Ids of what matches at the start, a batch at a time, by id: what was refused is not met again."""
+    table = _table(session)
+    (now,) = _fetch(session, select(func.clock_timestamp().label("now")))
+    until = min(where.until, now["now"]) if where.until is not None else now["now"]
+    matches = _matches(session, replace(where, until=until))
+    last: UUID | None = None
+    left = limit
+    while left is None or left > 0:
+        size = BATCH if left is None else min(BATCH, left)
+        page = select(table.c.id).where(matches).order_by(table.c.id).limit(size)
+        rows = _fetch(session, page if last is None else page.where(table.c.id > last))
+        if not rows:
+            return
+        last = rows[-1]["id"]
+        left = None if left is None else left - len(rows)
+        yield [str(row["id"]) for row in rows]
+
+
+def _table(session: Session) -> Any:
+    return metadata_for(session.schema).tables[f"{session.schema}.dead_letters"]
+
+
+def _matches(session: Session, where: DeadFilter) -> ColumnElement[bool]:
+    c = _table(session).c
+    conditions: list[ColumnElement[bool]] = []
+    if where.queue is not None:
+        conditions.append(or_(c.dead_letter_queue == where.queue, c.queue == where.queue))
+    if where.task is not None:
+        conditions.append(c.task == where.task)
+    if where.reason is not None:
+        conditions.append(c.reason == where.reason)
+    if where.error_class is not None:
+        last_part = func.right(c.error_class, len(where.error_class) + 1)
+        conditions.append(or_(c.error_class == where.error_class, last_part == f".{where.error_class}"))
+    if isinstance(where.since, timedelta):
+        conditions.append(c.died_at >= func.clock_timestamp() - literal(where.since))
+    elif where.since is not None:
+        conditions.append(c.died_at >= where.since)
+    if where.until is not None:
+        conditions.append(c.died_at <= where.until)
+    return and_(literal(True), *conditions)
+
+
+def _fetch(session: Session, statement: Select[Any]) -> list[Row]:
+    """Run a select() in a transaction of its own."""
+    compiled = statement.compile(dialect=_DIALECT)
+    with session.transaction():
+        return session.execute(str(compiled), dict(compiled.params))

@@ -1,0 +1,107 @@
+"""An operator's connection: opened for one command, on the right schema revision, and never waiting for ever.
+
+Every statement runs in a short READ COMMITTED transaction with timeouts, whatever the database's defaults. A
+connection that breaks ends the command: the transactions before it are committed, the one under way may or
+may not be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg.rows import dict_row
+
+from pgqueue.database.dsn import connect_options, one_line, unreachable
+from pgqueue.database.migrate import require_revision
+from pgqueue.database.queries import query
+from pgqueue.errors import DatabaseError, DatabaseUnavailable
+
+Row = dict[str, Any]
+
+STATEMENT_TIMEOUT = "30s"
+LOCK_TIMEOUT = "1s"
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An open connection to a migrated queue; made by `open_session`.
+
+    Attributes:
+        connection: psycopg's, in autocommit, with rows as dicts.
+        schema: Where the queue's tables are.
+    """
+
+    connection: psycopg.Connection[Row]
+    schema: str
+
+    @contextlib.contextmanager
+    def transaction(self, *, by_index: bool = False) -> Iterator[None]:
+        """A READ COMMITTED transaction with timeouts.
+
+        Args:
+            by_index: Talk the planner out of reading whole tables, to which old statistics lead it.
+        """
+        settings = "begin_work" if by_index else "set_timeouts"
+        with self.connection.transaction():
+            self.run(settings, statement_timeout=STATEMENT_TIMEOUT, lock_timeout=LOCK_TIMEOUT)
+            yield
+
+    def run(self, name: str, **parameters: object) -> list[Row]:
+        """Run one statement of `sql/` in the open transaction; its rows."""
+        return self.execute(query(name, self.schema).text, parameters)
+
+    def execute(self, text: str, parameters: dict[str, Any]) -> list[Row]:
+        """Run any statement in the open transaction; its rows."""
+        # Our own text, with psycopg's placeholders.
+        return self.connection.execute(text.encode(), parameters).fetchall()
+
+
+@contextlib.contextmanager
+def open_session(dsn: str, *, schema: str = "pgqueue") -> Generator[Session, None, None]:
+    """A session that is closed at the end of the block.
+
+    Raises:
+        ConfigError: The DSN cannot be read.
+        DatabaseUnavailable: The database cannot be reached, or the connection broke.
+        SchemaMismatch: It was not migrated, or to another revision.
+        DatabaseError: It refused a statement.
+    """
+    connection = _connect(dsn)
+    try:
+        session = Session(connection, schema)
+        with session.transaction():
+            found = None
+            if session.run("read_revision_table")[0]["found"]:
+                found = next((row["version_num"] for row in session.run("read_revision")), None)
+        require_revision(found, schema=schema)
+        yield session
+    except psycopg.Error as error:
+        raise _explained(error, connection) from error
+    finally:
+        connection.close()
+
+
+def _connect(dsn: str) -> psycopg.Connection[Row]:
+    options = connect_options(dsn)
+    try:
+        connection = psycopg.connect(
+            dsn, autocommit=True, prepare_threshold=None, row_factory=dict_row, **options
+        )
+    except psycopg.OperationalError as error:
+        raise unreachable(error) from error
+    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+    return connection
+
+
+def _explained(error: psycopg.Error, connection: psycopg.Connection[Row]) -> DatabaseError:
+    if connection.closed:
+        return DatabaseUnavailable(f"the connection to the database broke: {one_line(error)}")
+    if isinstance(error, psycopg.errors.LockNotAvailable):
+        return DatabaseError(f"another session holds a row for over {LOCK_TIMEOUT}; try again")
+    if isinstance(error, psycopg.errors.QueryCanceled):
+        return DatabaseError(f"the database took over {STATEMENT_TIMEOUT}; ask for less")
+    return DatabaseError(one_line(error))
