@@ -1,0 +1,405 @@
+"""The loop that claims jobs and acks their outcomes, and decides when to sleep.
+
+Acks and the next claim share a round trip, never a transaction. Outcomes stay in memory until the database
+has confirmed them: when it is away the work goes on and nothing is thrown away. On a new connection the loop
+looks at what runs under its name, because a claim whose answer was lost may have been committed, and sweeps
+every lane from the beginning.
+
+Going to sleep, in this order: arm the wake hint and commit, look once more, wait. A producer that commits
+    later sees the
+hint and notifies; one that read "nobody sleeps" and commits within t is found by the polls, 2 ms after the
+last job, then 4, 8 …, so about t later. A worker that finds work more than two hundred times a second disarms
+the hint instead: with it every producer would pay for a NOTIFY, and polling every few milliseconds is cheaper
+for both."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from random import Random
+
+import msgspec
+
+from pgqueue.database.store import (
+    CLAIM_LIMIT,
+    Call,
+    Claim,
+    ClaimedJob,
+    GroupFailed,
+    Link,
+    Outcome,
+    Row,
+    ack_calls,
+    decode_claim,
+    decode_claimed,
+)
+from pgqueue.errors import DatabaseUnavailable
+from pgqueue.worker.dispatcher import Dispatcher
+from pgqueue.worker.identity import Identity
+from pgqueue.worker.lanes import Lanes, Plan
+from pgqueue.worker.wire import clock
+
+log = logging.getLogger("pgqueue.worker")
+
+FLUSH_AFTER = 0.005
+FIRST_PAUSE = 0.002
+RENEW = 3.0
+"""Seconds: the hint holds for ten, so two renewals may fail."""
+RUSH = 200
+"""Claims that found work, per second, above which a worker polls instead of asking to be woken."""
+DISARM_INTERVAL = 1.0
+RETRY_FIRST, RETRY_MOST = 0.1, 4.0
+
+
+class Claimer:
+    """Claims for `lanes`, hands jobs to `dispatcher`, and records its outcomes.
+
+    Args:
+        dispatch: Called after jobs have been claimed: send them out.
+        next_eta: Seconds until the next scheduled job that this worker knows of, None for none.
+        share: Called with the queues of a claim that came back full: somebody who sleeps may help.
+        retried: Called when the database has confirmed retries, with the seconds until the first is due.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        lanes: Lanes,
+        dispatcher: Dispatcher,
+        identity: Identity,
+        *,
+        dispatch: Callable[[], None],
+        next_eta: Callable[[], float | None],
+        share: Callable[[list[str]], None],
+        retried: Callable[[float], None],
+        poll_interval: float,
+        random: Random,
+    ) -> None:
+        self._link = link
+        self._lanes = lanes
+        self._dispatcher = dispatcher
+        self._identity = identity
+        self._dispatch = dispatch
+        self._next_eta = next_eta
+        self._share = share
+        self._retried = retried
+        self._poll_interval = poll_interval
+        self._random = random
+        self._event = asyncio.Event()
+        self._acking: list[Outcome] = []
+        self._first_outcome: float | None = None
+        self._opened = 0
+        self._looking = False
+        self._wake_now = False
+        self._pause = FIRST_PAUSE
+        self._look_again_at = 0.0
+        self._armed_at: float | None = None
+        self._disarmed_at = float("-inf")
+        self._finds: deque[float] = deque(maxlen=RUSH)
+        self._failures = 0
+        self._finishing = False
+        self.draining = False
+        self.last_claim: float | None = None
+        """When a claim last succeeded: a worker's liveness."""
+
+    @property
+    def asleep(self) -> bool:
+        """There is no work, as far as this worker knows."""
+        return self._looking
+
+    @property
+    def unacked(self) -> int:
+        """Outcomes that the database has not confirmed."""
+        return len(self._acking) + len(self._dispatcher.outcomes)
+
+    def finish(self) -> None:
+        """Let `run` end after the round it is in."""
+        self._finishing = True
+        self._event.set()
+
+    def wake(self) -> None:
+        """Look for jobs now: somebody said there are some."""
+        self._wake_now = True
+        self._event.set()
+
+    def poke(self) -> None:
+        """Something happened to the jobs in hand: see whether there is anything to do."""
+        dispatcher = self._dispatcher
+        if dispatcher.outcomes and self._first_outcome is None:
+            self._first_outcome = clock()
+        if self._due(clock()) or (not self._looking and not self.draining and dispatcher.wanted()):
+            self._event.set()
+
+    async def run(self) -> None:
+        """Claim and ack until told to finish."""
+        while not self._finishing:
+            try:
+                await self.run_once()
+                self._failures = 0
+            except DatabaseUnavailable as error:
+                await self._back_off(str(error))
+            except GroupFailed as error:
+                await self._back_off(str(error))
+
+    async def run_once(self) -> None:
+        """One round: wait until there is something to do, then do it in one round trip."""
+        await self._wait()
+        now = clock()
+        wanted = 0 if self.draining else self._dispatcher.wanted()
+        claim = wanted > 0 and (
+            not self._looking or self._wake_now or now >= self._look_again_at or bool(self._waiting_acks())
+        )
+        if self._wake_now and not wanted:
+            self._looking = False  # there is work, but no slot yet: look again as soon as there is one
+        self._wake_now = False
+        if self._link.opened != self._opened or not await self._alive():
+            await self._reconcile()
+        await self._round(wanted if claim else 0, now)
+
+    async def flush(self) -> None:
+        """Ack everything there is, without claiming, for as long as it takes."""
+        while self.unacked:
+            try:
+                await self._round(0, clock())
+            except (DatabaseUnavailable, GroupFailed) as error:
+                await self._back_off(str(error))
+
+    def _waiting_acks(self) -> list[Outcome]:
+        return self._acking or self._dispatcher.outcomes
+
+    def _due(self, now: float) -> bool:
+        """Whether the outcomes should go now: many, or old, or nothing else would come."""
+        outcomes = self._dispatcher.outcomes
+        if self._acking:
+            return True
+        if not outcomes:
+            return False
+        dispatcher = self._dispatcher
+        return (
+            len(outcomes) >= CLAIM_LIMIT
+            or (self._first_outcome is not None and now - self._first_outcome >= FLUSH_AFTER)
+            or (not dispatcher.in_flight and not dispatcher.waiting)
+        )
+
+    async def _wait(self) -> None:
+        while True:
+            now = clock()
+            if self._wake_now or self._finishing or self._due(now):
+                break
+            wanted = not self.draining and self._dispatcher.wanted()
+            if wanted and (not self._looking or now >= self._look_again_at):
+                break
+            deadline = self._look_again_at if wanted else now + 1.0
+            if self._first_outcome is not None:
+                deadline = min(deadline, self._first_outcome + FLUSH_AFTER)
+            self._event.clear()
+            try:
+                async with asyncio.timeout(max(deadline - now, 0.0005)):
+                    await self._event.wait()
+            except TimeoutError:
+                pass
+        self._event.clear()
+
+    async def _alive(self) -> bool:
+        """Make sure there is a connection; False when it is a new one."""
+        before = self._link.opened
+        await self._link.connect()
+        return self._link.opened == before
+
+    async def _reconcile(self) -> None:
+        """On a new connection: adopt what runs under our name without our knowing, and sweep."""
+        adopted = await self._adopt(self._identity.id)
+        if adopted:
+            log.warning("claim_adopted jobs=%d", adopted)
+        self._opened = self._link.opened
+        self._armed_at = None
+        self._looking = False
+        self._lanes.forget_sweeps()
+
+    async def _round(self, wanted: int, now: float) -> None:
+        """Acks, the wake hint and a claim, as far as each is due, in one round trip."""
+        dispatcher = self._dispatcher
+        self._acking += dispatcher.outcomes
+        dispatcher.outcomes = []
+        self._first_outcome = None
+        batch = self._acking[: 2 * CLAIM_LIMIT]
+        acks = ack_calls(batch, now)
+        groups: list[list[Call]] = [[call for call, _ in acks]] if acks else []
+        plan: Plan | None = None
+        hint: bool | None = None
+        worker = self._identity.id
+        if wanted:
+            plan = self._lanes.plan(wanted, now, to_the_end=self._looking)
+            hint = self._hint(now)
+            if hint is not None:
+                groups.append([self._hint_call(hint)])
+            groups.append([Call("claim_jobs", {**plan.parameters(), "worker": worker})])
+        if not groups:
+            return
+        try:
+            answers = await self._link.run(*groups)
+        except (DatabaseUnavailable, asyncio.CancelledError):
+            for outcome in batch:
+                outcome.uncertain = True
+            raise
+        except GroupFailed as error:
+            if not acks or error.group > 0:
+                if acks:
+                    self._acked(batch, acks, error.rows[0])
+                raise
+            await self._split(batch, error)
+            return
+        if acks:
+            self._acked(batch, acks, answers[0])
+        if plan is not None:
+            if hint is not None:
+                self._armed_at = now if hint else None
+                self._disarmed_at = self._disarmed_at if hint else now
+            await self._claimed(plan, answers[-1][0], worker, now)
+
+    def _hint(self, now: float) -> bool | None:
+        """Arm the wake hint (True), disarm it (False), or leave it (None)."""
+        rushing = len(self._finds) == RUSH and now - self._finds[0] < 1.0
+        if rushing or not self._looking:
+            if self._armed_at is not None and rushing and now - self._disarmed_at >= DISARM_INTERVAL:
+                return False
+            return None
+        if self._armed_at is None or now - self._armed_at >= RENEW:
+            return True
+        return None
+
+    def _hint_call(self, arm: bool) -> Call:
+        if arm:
+            return Call("arm_wake", {"queues": sorted(self._lanes.queues), "next_eta": self._next_eta()})
+        return Call("disarm_wake", {"queues": sorted(self._lanes.queues)})
+
+    async def _claimed(self, plan: Plan, rows: list[Row], worker: str, now: float) -> None:
+        try:
+            claim = decode_claim(rows, worker)
+        except (msgspec.DecodeError, RecursionError) as error:
+            log.error("claim_undecodable error=%s", error)
+            await self._adopt(worker)
+            return
+        self.last_claim = now
+        more = self._lanes.absorb(
+            plan, [(job.queue, job.priority, job.position) for job in claim.jobs], claim.xmin, claim.xmax, now
+        )
+        if claim.jobs:
+            self._finds.append(now)
+            self._looking = False
+            self._pause = FIRST_PAUSE
+            self._take(self._in_order(plan, claim))
+            if more and not self._dispatcher.free_slots:
+                self._share(sorted({job.queue for job in claim.jobs}))
+        elif not more:
+            self._found_nothing(plan, now)
+
+    def _found_nothing(self, plan: Plan, now: float) -> None:
+        if not self._looking:
+            # Look to the end, with the hint armed, before going to sleep.
+            self._looking = True
+            self._look_again_at = now
+            return
+        if not plan.complete:
+            self._look_again_at = now
+            return
+        rushing = len(self._finds) == RUSH and now - self._finds[0] < 1.0
+        if rushing:
+            self._pause = FIRST_PAUSE
+        pause = min(self._pause, self._poll_interval * self._random.uniform(0.8, 1.0))
+        self._look_again_at = clock() + (min(pause, RENEW) if self._armed_at is not None else pause)
+        self._pause = min(self._pause * 2, self._poll_interval)
+
+    @staticmethod
+    def _in_order(plan: Plan, claim: Claim) -> list[ClaimedJob]:
+        """The rows as the lanes are served: they come back in any order."""
+        rank = {(stretch.lane.queue, stretch.lane.priority): n for n, stretch in enumerate(plan.ranges)}
+        return sorted(claim.jobs, key=lambda job: (rank[job.queue, job.priority], job.position))
+
+    def _take(self, jobs: list[ClaimedJob]) -> None:
+        self._dispatcher.add(jobs, clock())
+        if self._dispatcher.outcomes and self._first_outcome is None:
+            self._first_outcome = clock()
+        self._dispatch()
+
+    async def _adopt(self, worker: str) -> int:
+        """Take over, row by row, the jobs that run under our name without our knowing; returns how many."""
+        jobs, unreadable = decode_claimed(await self._link.call("list_claimed", worker=worker), worker)
+        held = self._dispatcher.holds | {outcome.id for outcome in self._acking}
+        unknown = [job for job in jobs if job.id not in held]
+        self._dispatcher.outcomes += [outcome for outcome in unreadable if outcome.id not in held]
+        self._take(unknown)
+        return len(unknown)
+
+    def _acked(
+        self, batch: list[Outcome], acks: list[tuple[Call, list[Outcome]]], rows: list[list[Row]]
+    ) -> None:
+        """Forget what the database has confirmed; report what it found in other hands."""
+        self._acking = self._acking[len(batch) :]
+        delays = [outcome.delay for outcome in batch if outcome.verb == "retry"]
+        if delays:
+            self._retried(min(delays))
+        for (_, outcomes), answer in zip(acks, rows, strict=True):
+            done, done_ids = answer[0]
+            if done == len(outcomes):
+                continue
+            confirmed = set(done_ids or ())
+            stale = [o.id for o in outcomes if o.id not in confirmed and not o.uncertain]
+            if stale:
+                self._dispatcher.stale += len(stale)
+                first = outcomes[0]
+                log.warning(
+                    "ack_stale count=%d verb=%s attempt=%d worker=%s jobs=%s",
+                    len(stale),
+                    first.verb,
+                    first.attempt,
+                    first.worker,
+                    ",".join(stale[:3]) + (",…" if len(stale) > 3 else ""),
+                )
+
+    async def _split(self, batch: list[Outcome], why: GroupFailed) -> None:
+        """An ack was refused: halve the batch until the one job at fault stands alone, and replace what it
+        stores."""
+        if why.is_passing:
+            raise why
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            for half in (batch[:middle], batch[middle:]):
+                await self._ack_alone(half)
+            return
+        outcome = batch[0]
+        log.error("ack_refused job=%s attempt=%d error=%s", outcome.id, outcome.attempt, why)
+        if outcome.verb == "finish" and outcome.result_error is None:
+            outcome.result, outcome.result_error = None, f"the database refused the result: {why}"[:1000]
+        elif outcome.verb in ("retry", "bury") and outcome.traceback is not None:
+            outcome.error_message, outcome.traceback = "(the database refused the error's text)", None
+        else:
+            raise why  # nothing of it is left to blame: it stays for the next round
+        await self._ack_alone([outcome])
+
+    async def _ack_alone(self, batch: list[Outcome]) -> None:
+        acks = ack_calls(batch, clock())
+        try:
+            answers = await self._link.run([call for call, _ in acks])
+        except GroupFailed as error:
+            await self._split(batch, error)
+            return
+        except DatabaseUnavailable:
+            for outcome in batch:
+                outcome.uncertain = True
+            raise
+        kept = {id(outcome) for outcome in batch}
+        self._acking = [outcome for outcome in self._acking if id(outcome) in kept] + [
+            outcome for outcome in self._acking if id(outcome) not in kept
+        ]
+        self._acked(batch, acks, answers[0])
+
+    async def _back_off(self, why: str) -> None:
+        """Wait before trying again, longer each time; one line in the log for an outage, not one per try."""
+        self._failures += 1
+        if self._failures == 1:
+            log.warning("database_unavailable connection=claim error=%s", why)
+        delay = min(RETRY_MOST, RETRY_FIRST * 2 ** min(self._failures, 10))
+        await asyncio.sleep(delay * self._random.uniform(0.5, 1.0))

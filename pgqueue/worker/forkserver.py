@@ -1,0 +1,148 @@
+"""The fork server: imports the application once, then forks executors from that clean state.
+
+It has no connection, no loop and no thread of its own, so there is nothing a fork could break. It dies with
+its supervisor, and its children with it (on Linux the kernel sees to both; elsewhere they see the end of
+their channel).
+
+Talks over one socket: each request is a four-byte index with two descriptors, the executor's channel and its
+    board; the
+answers are frames of `wire`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import traceback
+import warnings
+from dataclasses import asdict
+
+import msgspec
+
+from pgqueue.app import PgQueue, load_app
+from pgqueue.errors import PgQueueError
+from pgqueue.worker.executor import become_executor
+from pgqueue.worker.wire import Exited, Forked, Loaded, LoadFailed, TaskFacts, frame
+
+_PR_SET_PDEATHSIG = 1
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the parent process ends; leaves at once if it already has.
+
+    The kernel's signal fires when the *thread* that forked us ends, so parents fork from their main thread.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class ForkServer:
+    """Serves the requests of one supervisor until it closes the socket."""
+
+    def __init__(self, app: PgQueue, control: socket.socket) -> None:
+        self._app = app
+        self._control = control
+        self._children: dict[int, int] = {}
+
+    def serve(self) -> None:
+        """Fork on request and report exits."""
+        wake_reader, wake_writer = socket.socketpair()
+        wake_writer.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
+            selector.register(wake_reader, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj is wake_reader:
+                        wake_reader.recv(4096)
+                    elif not self._answer((wake_reader, wake_writer)):
+                        return
+                self._reap()
+
+    def _answer(self, inherited: tuple[socket.socket, socket.socket]) -> bool:
+        """Fork one executor; False when the supervisor is gone."""
+        request, descriptors, _, _ = socket.recv_fds(self._control, 4, 2)
+        if not request:
+            return False
+        channel = socket.socket(fileno=descriptors[0])
+        server = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            die_with_parent(server)
+            self._control.close()
+            for end in inherited:
+                end.close()
+            become_executor(self._app, channel, descriptors[1])
+        channel.close()
+        os.close(descriptors[1])
+        index = int.from_bytes(request, "big")
+        self._children[pid] = index
+        self._send(Forked(index, pid))
+        return True
+
+    def _reap(self) -> None:
+        for pid, index in list(self._children.items()):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                del self._children[pid]
+                self._send(Exited(index, pid, os.waitstatus_to_exitcode(status)))
+
+    def _send(self, message: msgspec.Struct) -> None:
+        self._control.sendall(frame(message))
+
+
+def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
+    """Import `target` (module:attribute) and serve the supervisor at the other end of `descriptor`.
+
+    `overrides`: a JSON object of settings that beat the application's own.
+    """
+    die_with_parent(parent)
+    # The terminal's Ctrl-C goes to the whole group: how this ends is the supervisor's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    control = socket.socket(fileno=descriptor)
+    try:
+        app = load_app(target)
+        app.configure(**json.loads(overrides))
+        app.import_tasks()
+        facts = {name: TaskFacts(task.dead_letter_queue) for name, task in app.tasks.items()}
+        config = app.config
+        logging.basicConfig(
+            level=config.log_level, format=LOG_FORMAT
+        )  # nothing, if the application has done its own
+    except BaseException as error:
+        known = isinstance(error, PgQueueError)  # it says by itself what is wrong, and where
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        control.sendall(frame(LoadFailed(message, "" if known else traceback.format_exc())))
+        return
+    if threading.active_count() > 1:
+        names = ", ".join(thread.name for thread in threading.enumerate()[1:])
+        warnings.warn(
+            f"importing {target} started threads ({names}); they do not exist in the executors", stacklevel=1
+        )
+    gc.collect()
+    gc.freeze()  # the children share these pages until a collection touches them
+    control.sendall(frame(Loaded(facts, asdict(config))))
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        ForkServer(app, control).serve()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -1,0 +1,359 @@
+"""What keeps a queue alive besides claiming: heartbeats, rescue, promotion, new queues, partitions,
+retention.
+
+Every worker does all of it. Each act is idempotent and safe for any number of workers at once, so there is no
+leader.
+
+Liveness is judged by silence, not by time stamps: a worker is silent when this observer has read the same
+    heartbeat counter
+for the whole lease on its own boot clock, while its own reads kept succeeding. When the database was away, or
+the observer was stopped, everybody looks silent, so the watch starts anew. Rescue never asks how long a job
+has run.
+
+Crash between any two statements: nothing is half done, each is one transaction; the next pass of any worker
+    goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from random import Random
+
+from pgqueue.config import Config
+from pgqueue.database.store import Call, GroupFailed, Link
+from pgqueue.errors import DatabaseUnavailable
+from pgqueue.worker.claimer import RENEW, RETRY_FIRST, RETRY_MOST
+from pgqueue.worker.dispatcher import Dispatcher
+from pgqueue.worker.identity import Identity
+from pgqueue.worker.lanes import Cursor
+from pgqueue.worker.wire import clock
+
+log = logging.getLogger("pgqueue.worker")
+
+MAX_RESCUES = 10
+RESCUE_BATCH = 100
+PROMOTE_BATCH = 500
+PROMOTE_INTERVAL = 0.1
+"""Seconds between looks for due jobs while there is work; asleep, the next eta decides."""
+PROMOTE_SWEEP = 5.0
+DISCOVER_INTERVAL = 1.0
+RUNNING_INTERVAL = 1.0
+RUNNING_AFTER = 1.0
+SHARE_INTERVAL = 0.1
+NOTIFY_QUEUE_INTERVAL = 10.0
+HOUSEKEEPING_INTERVAL = 60.0
+PARTITIONS_INTERVAL = 3600.0
+
+
+class Watch:
+    """Who has been silent for a whole lease, in the eyes of one observer."""
+
+    def __init__(self, lease: float, patience: float) -> None:
+        self._lease = lease
+        self._patience = patience
+        self._seen: dict[str, tuple[int, float]] = {}
+        self._last_read = float("-inf")
+
+    def observe(self, heartbeats: Iterable[tuple[str, int]], now: float) -> list[tuple[str, int]]:
+        """Take in a successful read of all counters; returns the silent workers with their counters.
+
+        Args:
+            heartbeats: Worker ids and counters.
+            now: The observer's boot clock.
+        """
+        if now - self._last_read > self._patience:
+            self._seen.clear()  # our own eyes were shut
+        self._last_read = now
+        before, self._seen = self._seen, {}
+        silent: list[tuple[str, int]] = []
+        for worker, counter in heartbeats:
+            known = before.get(worker)
+            since = known[1] if known is not None and known[0] == counter else now
+            self._seen[worker] = (counter, since)
+            if now - since >= self._lease:
+                silent.append((worker, counter))
+        return silent
+
+
+@dataclass(slots=True)
+class _Timer:
+    """When something is due next; `pull` only ever brings it forward."""
+
+    at: float = float("-inf")
+
+    def pull(self, at: float) -> None:
+        self.at = min(self.at, at)
+
+
+class Maintenance:
+    """The maintenance loop of one supervisor, on a connection of its own.
+
+    Args:
+        queues: The queues served now.
+        discover: None, or what to do with the name of a queue nobody knew.
+        asleep: Whether the claimer knows of no work.
+        wake: Jobs have become ready: look for them.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        identity: Identity,
+        dispatcher: Dispatcher,
+        config: Config,
+        *,
+        registration: Callable[[str], Call],
+        queues: Callable[[], list[str]],
+        discover: Callable[[str], None] | None,
+        asleep: Callable[[], bool],
+        wake: Callable[[], None],
+        random: Random,
+    ) -> None:
+        self._link = link
+        self._identity = identity
+        self._dispatcher = dispatcher
+        self._config = config
+        self._registration = registration
+        self._queues = queues
+        self._discover = discover
+        self._asleep = asleep
+        self._wake = wake
+        self._random = random
+        self._event = asyncio.Event()
+        self._watch = Watch(config.lease, patience=3 * config.heartbeat)
+        self._etas = Cursor()
+        self._next_due: float | None = None
+        self._heartbeat = _Timer()
+        self._promotion = _Timer()
+        self._promotion_sweep = _Timer()
+        self._discovery = _Timer()
+        self._notify_queue = _Timer()
+        self._housekeeping = _Timer()
+        self._partitions = _Timer()
+        self._share_at = _Timer(float("inf"))
+        self._to_share: set[str] = set()
+        self._last_share = float("-inf")
+        self._last_promotion = float("-inf")
+        self._last_running: list[str] = []
+        self._failures = 0
+
+    def next_eta(self) -> float | None:
+        """Seconds until the next scheduled job this worker knows of."""
+        return None if self._next_due is None else max(self._next_due - clock(), 0.0)
+
+    def look_for_due_jobs(self, seconds: float = 0.0) -> None:
+        """A job may be due in so many seconds: be there, but not more often than every 100 ms."""
+        self._promotion.pull(max(clock() + seconds, self._last_promotion + PROMOTE_INTERVAL))
+        self._event.set()
+
+    def share(self, queues: list[str]) -> None:
+        """There is more work in these queues than we can take: wake somebody, at most every 100 ms."""
+        self._to_share.update(queues)
+        self._share_at.pull(max(clock(), self._last_share + SHARE_INTERVAL))
+        self._event.set()
+
+    async def register(self) -> None:
+        """Put this worker on the list, before its first claim."""
+        await self._link.run([self._registration(self._identity.id)])
+        self._heartbeat.at = clock() + self._config.heartbeat
+
+    async def deregister(self) -> None:
+        """Take this worker off the list, after draining: rescue treats a missing worker row as dead."""
+        for worker in [self._identity.id, *self._identity.former]:
+            await self._link.call("delete_worker", worker=worker)
+
+    async def run(self) -> None:
+        """Do whatever is due, until cancelled."""
+        while True:
+            try:
+                await self.run_once()
+                self._failures = 0
+            except (DatabaseUnavailable, GroupFailed) as error:
+                self._failures += 1
+                if self._failures == 1:
+                    log.warning("database_unavailable connection=maintenance error=%s", error)
+                # Within a heartbeat: whoever is back first must not take the others for silent.
+                most = min(RETRY_MOST, self._config.heartbeat)
+                delay = min(most, RETRY_FIRST * 2 ** min(self._failures, 10))
+                await asyncio.sleep(delay * self._random.uniform(0.5, 1.0))
+                continue
+            self._event.clear()
+            due = min(
+                self._heartbeat.at,
+                self._promotion.at,
+                self._discovery.at if self._discover is not None else float("inf"),
+                self._notify_queue.at,
+                self._housekeeping.at,
+                self._share_at.at,
+                clock() + RUNNING_INTERVAL if self._dispatcher.in_flight else float("inf"),
+            )
+            try:
+                async with asyncio.timeout(max(due - clock(), 0.001)):
+                    await self._event.wait()
+            except TimeoutError:
+                pass
+
+    async def run_once(self) -> None:
+        """Everything that is due now."""
+        now = clock()
+        if now >= self._heartbeat.at or self._running_changed(now):
+            await self.beat(now)
+        if now >= self._share_at.at:
+            queues, self._to_share = sorted(self._to_share), set()
+            self._share_at.at, self._last_share = float("inf"), now
+            await self._link.call("wake_workers", queues=queues, eta=None)
+        if now >= self._promotion.at:
+            await self.promote(now)
+        if self._discover is not None and now >= self._discovery.at:
+            self._discovery.at = now + DISCOVER_INTERVAL
+            await self.find_queues(self._discover)
+        if now >= self._notify_queue.at:
+            self._notify_queue.at = now + NOTIFY_QUEUE_INTERVAL
+            ((usage,),) = await self._link.call("drain_notify_queue")
+            if usage > 0.5:
+                log.warning("notify_queue_filling usage=%.2f", usage)
+        if now >= self._housekeeping.at:
+            self._housekeeping.at = now + HOUSEKEEPING_INTERVAL * self._random.uniform(0.9, 1.1)
+            await self.keep_house(now)
+
+    async def beat(self, now: float) -> None:
+        """Heartbeat, then fence the silent and rescue what they held."""
+        self._last_running = self._dispatcher.running_for(RUNNING_AFTER, now)
+        answers = await self._link.run([self._heartbeat_call()], [Call("list_heartbeats")])
+        self._heartbeat.at = now + self._config.heartbeat
+        if not answers[0][0]:
+            await self._renew_identity()
+        for worker, counter in self._watch.observe(answers[1][0], clock()):
+            if await self._link.call("fence_worker", worker=worker, heartbeat=counter):
+                log.warning("worker_fenced id=%s heartbeat=%d", worker, counter)
+        await self.rescue()
+
+    async def rescue(self) -> int:
+        """Take back every running job whose worker is fenced or missing; returns how many."""
+        letters = {
+            name: facts.dead_letter_queue
+            for name, facts in self._dispatcher.tasks.items()
+            if facts.dead_letter_queue
+        }
+        total = 0
+        while True:
+            ((rescued, queues, buried),) = await self._link.call(
+                "rescue_jobs",
+                batch=RESCUE_BATCH,
+                max_crashes=self._config.max_crashes,
+                max_rescues=MAX_RESCUES,
+                dead_letter_queues=json.dumps(letters),
+            )
+            if rescued or buried:
+                log.warning("jobs_rescued count=%d buried=%d", rescued, buried)
+                await self._became_ready(queues)
+            taken = int(rescued + buried)
+            total += taken
+            if taken < RESCUE_BATCH:
+                return total
+
+    async def promote(self, now: float) -> int:
+        """Make due jobs ready; returns how many."""
+        self._last_promotion = now
+        sweep = now >= self._promotion_sweep.at
+        after = float("-inf") if sweep else self._etas.trailer
+        # Whoever asks from here on may mean a job that this look does not see.
+        self._promotion.at = float("inf")
+        try:
+            answers = await self._link.run(
+                [Call("promote_jobs", {"after": after, "now": None, "batch": PROMOTE_BATCH})],
+                [Call("next_eta", {"after": after})],
+            )
+        except BaseException:
+            self._promotion.at = now
+            raise
+        promoted, queues, last_eta, xmin, xmax = answers[0][0][0]
+        if promoted:
+            self._etas.lead(last_eta, xmax)
+            await self._became_ready(queues)
+        if promoted < PROMOTE_BATCH:
+            self._etas.covered(after, float("inf"), xmin)
+            if sweep:
+                self._promotion_sweep.at = now + PROMOTE_SWEEP
+        seconds = answers[1][0][0][0] if answers[1][0] else None
+        done = clock()
+        self._next_due = None if seconds is None else done + max(seconds, 0.0)
+        patience = RENEW if self._asleep() else PROMOTE_INTERVAL
+        self._promotion.pull(
+            min(done + patience, self._next_due if self._next_due is not None else float("inf"))
+        )
+        if promoted >= PROMOTE_BATCH:
+            self._promotion.pull(done)
+        return int(promoted)
+
+    async def find_queues(self, discover: Callable[[str], None]) -> None:
+        """Hand queues that have appeared to `discover`."""
+        while True:
+            found = await self._link.call("find_queues", known=sorted(self._queues()))
+            for (queue,) in found:
+                log.info("queue_found queue=%s", queue)
+                discover(queue)
+            if not found:
+                return
+            self._wake()
+
+    async def keep_house(self, now: float) -> None:
+        """Partitions ahead, retention, and the rows of workers long gone."""
+        if now >= self._partitions.at:
+            ((made,),) = await self._link.call("make_partitions")
+            self._partitions.at = now + PARTITIONS_INTERVAL
+            log.debug("partitions_made count=%d", made)
+        config = self._config
+        ((dropped,),) = await self._link.call(
+            "drop_partitions",
+            finished_days=config.retention_finished,
+            failures_days=config.retention_failures,
+        )
+        if dropped:
+            log.info("partitions_dropped count=%d", dropped)
+        await self._link.run(
+            [Call("delete_fenced_workers")],
+            [Call("prune_dead_letters", {"days": config.retention_dead_letters})],
+            [Call("prune_audit_log", {"days": config.retention_audit})],
+        )
+
+    async def _became_ready(self, queues: list[str]) -> None:
+        """Jobs have become ready without an enqueue: tell ourselves, and whoever sleeps."""
+        self._wake()
+        if queues:
+            await self._link.call("wake_workers", queues=queues, eta=None)
+
+    def _running_changed(self, now: float) -> bool:
+        """Whether the jobs known to be running differ from what the last heartbeat said, at most once a
+        second."""
+        if now < self._heartbeat.at - self._config.heartbeat + RUNNING_INTERVAL:
+            return False
+        return self._dispatcher.running_for(RUNNING_AFTER, now) != self._last_running
+
+    def _heartbeat_call(self) -> Call:
+        dispatcher = self._dispatcher
+        stats = {
+            "succeeded": dispatcher.succeeded,
+            "failed": dispatcher.failed,
+            "crashed": dispatcher.crashed,
+            "stale_acks": dispatcher.stale,
+        }
+        return Call(
+            "beat_heart",
+            {
+                "worker": self._identity.id,
+                "running": "{" + ",".join(self._last_running) + "}",
+                "stats": json.dumps(stats),
+            },
+        )
+
+    async def _renew_identity(self) -> None:
+        """This worker was fenced: its old claims are others' now, its next ones need a fresh name."""
+        old = self._identity.id
+        new = self._identity.renew()
+        log.warning("worker_was_fenced id=%s new=%s", old, new)
+        await self._link.run([self._registration(new)])

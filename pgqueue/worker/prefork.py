@@ -1,0 +1,290 @@
+"""The processes of a worker: its fork server and its executors, as sockets and exit statuses.
+
+Executors are children of the fork server, which reaps them and reports how they ended. An executor's death is
+handed on only after all it had sent has been read: results that were on their way count."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from pgqueue.errors import WorkerError
+from pgqueue.worker.dispatcher import Member
+from pgqueue.worker.wire import (
+    Board,
+    Exited,
+    Forked,
+    Frames,
+    FromExecutor,
+    FromForkServer,
+    Job,
+    Jobs,
+    Loaded,
+    LoadFailed,
+    decode_from_executor,
+    decode_from_fork_server,
+    frame,
+)
+
+log = logging.getLogger("pgqueue.worker")
+
+_READ = 1 << 18
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """The supervisor's end of one executor's channel."""
+
+    member: Member
+    channel: socket.socket
+    frames: Frames = field(default_factory=Frames)
+    unsent: bytearray = field(default_factory=bytearray)
+
+
+class Owner(Protocol):
+    """Who is told what happens to the processes."""
+
+    def on_message(self, member: Member, messages: list[FromExecutor]) -> None:
+        """An executor said something."""
+
+    def on_exit(self, member: Member, how: str) -> None:
+        """An executor is gone; how it ended, in words."""
+
+    def on_lost_fork_server(self) -> None:
+        """The fork server is gone, and its children with it."""
+
+
+class Prefork:
+    """Starts, feeds, kills and counts the executors of one worker.
+
+    Args:
+        target: The application, as module:attribute.
+        overrides: Settings that beat the application's own.
+    """
+
+    def __init__(self, target: str, overrides: Mapping[str, Any]) -> None:
+        self.owner: Owner
+        self._target = target
+        self._overrides = json.dumps(dict(overrides))
+        self._loop = asyncio.get_running_loop()
+        self._lines: dict[int, _Line] = {}
+        self._next_index = 0
+        self._control: socket.socket | None = None
+        self._control_frames = Frames()
+        self._server: subprocess.Popen[bytes] | None = None
+        self._loaded: asyncio.Future[Loaded] | None = None
+
+    async def start(self) -> Loaded:
+        """Start the fork server; returns what it has to say about the application.
+
+        Raises:
+            WorkerError: The application cannot be imported.
+        """
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self._control = ours
+        self._control_frames = Frames()
+        self._loaded = self._loop.create_future()
+        program = [sys.executable, "-m", "pgqueue.worker.forkserver"]
+        arguments = [*program, str(theirs.fileno()), str(os.getpid()), self._target, self._overrides]
+        with theirs:
+            self._server = subprocess.Popen(arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: ASYNC220
+        self._loop.add_reader(ours, self._read_control, ours)
+        return await self._loaded
+
+    def fork(self) -> None:
+        """Ask for one more executor; it reports itself ready."""
+        if self._control is None:
+            return
+        ours, theirs = socket.socketpair()
+        descriptor = Board.create()
+        self._next_index += 1
+        index = self._next_index
+        try:
+            board = Board(descriptor)
+            socket.send_fds(self._control, [index.to_bytes(4, "big")], [theirs.fileno(), descriptor])
+        except OSError:
+            ours.close()  # the fork server is gone: its end of file is on the way
+            board.close()
+            return
+        finally:
+            theirs.close()
+            os.close(descriptor)
+        ours.setblocking(False)
+        line = _Line(Member(index, 0, board), ours)
+        self._lines[index] = line
+        self._loop.add_reader(ours, self._read, line)
+
+    @property
+    def count(self) -> int:
+        """Executors asked for and not gone."""
+        return len(self._lines)
+
+    def send(self, member: Member, jobs: list[Job]) -> None:
+        """Send jobs to an executor; what does not fit into the socket follows when it can."""
+        line = self._lines.get(member.index)
+        if line is None:
+            return
+        data = frame(Jobs(jobs))
+        if line.unsent:
+            line.unsent += data
+            return
+        try:
+            sent = line.channel.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return  # it has just died: its exit is on the way
+        if sent < len(data):
+            line.unsent += data[sent:]
+            self._loop.add_writer(line.channel, self._write, line)
+
+    def retire(self, member: Member) -> None:
+        """Let an executor without jobs leave."""
+        member.retiring = True
+        line = self._lines.get(member.index)
+        if line is not None:
+            with contextlib.suppress(OSError):
+                line.channel.shutdown(socket.SHUT_WR)
+
+    def kill(self, member: Member) -> None:
+        """Kill an executor at once."""
+        if member.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member.pid, signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """Close everything; waits for the fork server to leave, and with it whoever is left of its
+        children."""
+        for line in list(self._lines.values()):
+            self.kill(line.member)
+            self._close(line)
+        self._lines.clear()
+        self._drop_control()
+        server, self._server = self._server, None
+        if server is not None:
+            try:
+                await asyncio.to_thread(server.wait, 5)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                await asyncio.to_thread(server.wait)
+
+    def _read(self, line: _Line) -> None:
+        try:
+            data = line.channel.recv(_READ)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.remove_reader(line.channel)  # its exit status is on the way
+            return
+        self._hand_on(line, data)
+
+    def _hand_on(self, line: _Line, data: bytes) -> None:
+        try:
+            messages = [decode_from_executor(payload) for payload in line.frames.feed(data)]
+        except (ValueError, msgspec.DecodeError) as error:
+            # A task wrote to a descriptor that is not its own: nothing this executor says can be trusted.
+            log.error("executor_garbled pid=%d error=%s", line.member.pid, error)
+            self.kill(line.member)
+            return
+        self.owner.on_message(line.member, messages)
+
+    def _write(self, line: _Line) -> None:
+        try:
+            sent = line.channel.send(line.unsent)
+        except BlockingIOError:
+            return
+        except OSError:
+            line.unsent.clear()
+        else:
+            del line.unsent[:sent]
+        if not line.unsent:
+            self._loop.remove_writer(line.channel)
+
+    def _read_control(self, control: socket.socket) -> None:
+        try:
+            data = control.recv(_READ)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            for payload in self._control_frames.feed(data):
+                self._hear(decode_from_fork_server(payload))
+            return
+        self._drop_control()
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and not loaded.done():
+            loaded.set_exception(
+                WorkerError(f"the process that imports {self._target} ended before it was done")
+            )
+            return
+        for line in list(self._lines.values()):
+            self._exit(line, "lost its fork server")
+        self.owner.on_lost_fork_server()
+
+    def _hear(self, message: FromForkServer) -> None:
+        if isinstance(message, Loaded):
+            if self._loaded is not None and not self._loaded.done():
+                self._loaded.set_result(message)
+        elif isinstance(message, LoadFailed):
+            if self._loaded is not None and not self._loaded.done():
+                self._loaded.set_exception(
+                    WorkerError(
+                        f"cannot import {self._target}: {message.message}\n{message.traceback}".rstrip()
+                    )
+                )
+        elif isinstance(message, Forked):
+            line = self._lines.get(message.index)
+            if line is not None:
+                line.member.pid = message.pid
+        elif isinstance(message, Exited):
+            line = self._lines.get(message.index)
+            if line is not None:
+                self._exit(line, _how(message))
+
+    def _exit(self, line: _Line, how: str) -> None:
+        with contextlib.suppress(
+            OSError
+        ):  # nothing more has arrived; a grandchild may hold the other end open
+            while data := line.channel.recv(_READ):
+                self._hand_on(line, data)
+        self._close(line)
+        self._lines.pop(line.member.index, None)
+        self.owner.on_exit(line.member, how)
+        line.member.board.close()
+
+    def _close(self, line: _Line) -> None:
+        self._loop.remove_reader(line.channel)
+        self._loop.remove_writer(line.channel)
+        line.channel.close()
+
+    def _drop_control(self) -> None:
+        control, self._control = self._control, None
+        if control is not None:
+            self._loop.remove_reader(control)
+            control.close()
+
+
+def _how(message: Exited) -> str:
+    if message.status >= 0:
+        return f"executor {message.pid} exited with status {message.status}"
+    try:
+        name = signal.Signals(-message.status).name
+    except ValueError:
+        name = f"signal {-message.status}"
+    return f"executor {message.pid} was killed by {name}"

@@ -1,0 +1,386 @@
+"""One worker: a supervisor process with an asyncio loop, three connections, and executors that run the user's
+code.
+
+The supervisor never runs user code, so an import error, a segfault, an endless loop or a leak in a task
+cannot stop claiming, heartbeats or acks. Its connections: listen; claim and ack; heartbeat and maintenance.
+
+What a crash costs. An executor: the job it was running, acked as crashed at once. The fork server: all
+running jobs. The supervisor: its children die with it, and its jobs run again after another worker has seen
+its heartbeat stand still for a whole lease. The database: nothing; running jobs go on and their outcomes are
+kept until it is back.
+
+Signals set a flag and wake the loop; the loop acts. SIGTERM or SIGINT: stop claiming, give back what has not
+started, let running jobs finish for `shutdown_timeout`, then kill them and give them back too. A second
+signal does not wait."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Coroutine, Mapping, Sequence
+from random import Random
+from typing import Any
+
+from pgqueue.config import Config
+from pgqueue.database.listener import Listener
+from pgqueue.database.migrate import require_revision
+from pgqueue.database.store import Call, Link
+from pgqueue.errors import ConfigError, DatabaseUnavailable, PgQueueError, SchemaMismatch
+from pgqueue.worker.claimer import Claimer
+from pgqueue.worker.dispatcher import STALL, Dispatcher, Member
+from pgqueue.worker.identity import Identity
+from pgqueue.worker.lanes import Lanes
+from pgqueue.worker.maintenance import Maintenance
+from pgqueue.worker.prefork import Prefork
+from pgqueue.worker.wire import Failed, FromExecutor, Loaded, Ready, Skipped, Succeeded, clock
+
+log = logging.getLogger("pgqueue.worker")
+
+START_PATIENCE = 60.0
+"""Seconds a starting worker waits for the database."""
+RESTART_FIRST, RESTART_MOST = 0.05, 5.0
+
+
+class Supervisor:
+    """One worker for one application.
+
+    Args:
+        processes: Its fork server, started; it has imported the application, the supervisor never does.
+        loaded: What the fork server said of the application.
+        queues: What to serve; empty for every queue there is.
+        weights: None to serve `queues` strictly in their order.
+    """
+
+    def __init__(
+        self,
+        processes: Prefork,
+        loaded: Loaded,
+        config: Config,
+        *,
+        version: str,
+        queues: Sequence[str] = (),
+        weights: Mapping[str, float] | None = None,
+        random: Random | None = None,
+    ) -> None:
+        dsn = config.dsn
+        if dsn is None:
+            raise ConfigError(
+                "a worker needs a database; set PGQUEUE_DSN, pass --dsn, or give the application its dsn="
+            )
+        self._processes = processes
+        self._config = config
+        self._version = version
+        self._everything = not queues
+        self._random = random or Random()
+        self._lanes = Lanes(queues, weights if queues else {}, self._random)
+        self._identity = Identity()
+        self._dispatcher = Dispatcher(max_crashes=config.max_crashes)
+        self._dsn = dsn
+        self._claim_link = Link(dsn, schema=config.schema, name="claim")
+        self._maintenance_link = Link(dsn, schema=config.schema, name="maintenance", statement_timeout="30s")
+        self._stop_requested = 0
+        self._stop_event = asyncio.Event()
+        self._restart_delay = RESTART_FIRST
+        self._killed = False
+        self._complete = True
+        self._draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+        self._maintenance = Maintenance(
+            self._maintenance_link,
+            self._identity,
+            self._dispatcher,
+            config,
+            registration=self._registration,
+            queues=lambda: self._lanes.queues,
+            discover=self._lanes.add if self._everything else None,
+            asleep=lambda: self._claimer.asleep,
+            wake=lambda: self._claimer.wake(),
+            random=self._random,
+        )
+        self._claimer = Claimer(
+            self._claim_link,
+            self._lanes,
+            self._dispatcher,
+            self._identity,
+            dispatch=self._send_out,
+            next_eta=self._maintenance.next_eta,
+            share=self._maintenance.share,
+            retried=self._maintenance.look_for_due_jobs,
+            poll_interval=config.poll_interval,
+            random=self._random,
+        )
+        self._dispatcher.tasks = loaded.tasks
+        processes.owner = self
+
+    async def run(self) -> bool:
+        """Serve until asked to stop; returns whether every running job could finish and was acked.
+
+        Raises:
+            SchemaMismatch: The database is not migrated, or at another revision.
+            WorkerError: The worker cannot go on.
+            DatabaseUnavailable: The database could not be reached in the first minute.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            await self._wait_for_database()
+            await self._maintenance.register()
+            for _ in range(self._config.concurrency):
+                self._processes.fork()
+            config = self._config
+            log.info(
+                "worker_started id=%s queues=%s pool=prefork concurrency=%d tasks=%d",
+                self._identity.id,
+                ",".join(self._lanes.queues) or "(all)",
+                config.concurrency,
+                len(self._dispatcher.tasks),
+            )
+            listener = Listener(
+                self._dsn,
+                config.schema,
+                on_notify=self._on_notify,
+                on_listen=self._claimer.wake,
+                random=self._random,
+            )
+            claiming = self._spawn(self._claimer.run())
+            loops = [
+                self._spawn(self._maintenance.run()),
+                self._spawn(listener.run()),
+                self._spawn(self._tick()),
+            ]
+            await self._stop_event.wait()
+            deadline = clock() + config.shutdown_timeout
+            if self._failure is None:
+                await self._drain(deadline)
+            self._claimer.finish()
+            for each in loops:
+                each.cancel()
+            await asyncio.wait([*loops, claiming], timeout=5)
+            if self._failure is not None:
+                raise self._failure
+            await self._leave(deadline)
+            return self._complete
+        finally:
+            for task in list(self._tasks):
+                task.cancel()
+            await self._processes.stop()
+            await self._claim_link.close()
+            await self._maintenance_link.close()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """Ask to stop; a second time, at once."""
+        self._stop_requested += 1
+        self._stop_event.set()
+
+    def _registration(self, worker: str) -> Call:
+        return Call(
+            "register_worker",
+            {
+                "worker": worker,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                # None: every queue there is, also one that will be.
+                "queues": [] if self._everything else self._lanes.queues,
+                "pool": "prefork",
+                "concurrency": self._config.concurrency,
+                "version": self._version,
+            },
+        )
+
+    async def _wait_for_database(self) -> None:
+        """Check the schema's revision, waiting a minute for a database that is still starting."""
+        deadline = clock() + START_PATIENCE
+        told = False
+        while True:
+            try:
+                rows = await self._maintenance_link.call("read_revision_table")
+                found = None
+                if rows[0][0]:
+                    ((found,),) = await self._maintenance_link.call("read_revision")
+                require_revision(found, schema=self._config.schema)
+                return
+            except SchemaMismatch:
+                raise
+            except DatabaseUnavailable as error:
+                if clock() >= deadline or self._stop_requested or _is_hopeless(error):
+                    raise
+                if not told:
+                    log.warning("database_unavailable connection=start error=%s", error)
+                    told = True
+                await asyncio.sleep(0.5 * self._random.uniform(0.5, 1.0))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and self._failure is None:
+            self._failure = task.exception()
+            self._stop_event.set()
+
+    def _on_notify(self, _queue: str) -> None:
+        self._claimer.wake()
+        self._maintenance.look_for_due_jobs()
+
+    def _send_out(self) -> None:
+        if self._draining:
+            return
+        for member, jobs in self._dispatcher.assign(clock()):
+            if jobs[0].args:
+                self._processes.send(member, jobs)
+            else:
+                self._spawn(self._send_large(member, jobs[0].number))
+
+    async def _send_large(self, member: Member, number: int) -> None:
+        """Load the arguments of a job that were too large to travel with the claim, and send it."""
+        job = member.in_flight.get(number)
+        if job is None:
+            return
+        while True:
+            try:
+                rows = await self._maintenance_link.call(
+                    "load_payload", id=job.id, attempt=job.attempt, worker=job.worker
+                )
+                break
+            except PgQueueError as error:
+                log.warning("payload_not_loaded job=%s error=%s", job.id, error)
+                await asyncio.sleep(0.5)
+        if self._dispatcher.members.get(member.index) is not member or number not in member.in_flight:
+            return
+        if not rows:
+            log.warning("payload_gone job=%s attempt=%d", job.id, job.attempt)
+            del member.in_flight[number]
+            self._claimer.poke()
+            return
+        message = self._dispatcher.message(number, job)
+        message.args, message.kwargs, message.headers = rows[0]
+        self._processes.send(member, [message])
+
+    def on_message(self, member: Member, messages: list[FromExecutor]) -> None:
+        """An executor reports what became of its jobs."""
+        dispatcher = self._dispatcher
+        for message in messages:
+            if isinstance(message, Succeeded | Failed):
+                dispatcher.finished(member, message)
+            elif isinstance(message, Skipped):
+                dispatcher.skipped(member, message)
+            elif isinstance(message, Ready):
+                member.pid = message.pid
+                member.ready = True
+                dispatcher.members[member.index] = member
+                self._restart_delay = RESTART_FIRST
+        self._send_out()
+        self._claimer.poke()
+
+    def on_exit(self, member: Member, how: str) -> None:
+        """An executor is gone: end its running job, put another in its place."""
+        crashed = self._dispatcher.gone(member, how, by_us=self._killed)
+        if crashed is not None and not self._killed:
+            log.error(
+                "job_crashed job=%s task=%s attempt=%d how=%s", crashed.id, crashed.task, crashed.attempt, how
+            )
+        elif not self._draining:
+            log.error("executor_died how=%s", how)
+        if not self._draining:
+            self._spawn(self._replace())
+        self._send_out()
+        self._claimer.poke()
+
+    async def _replace(self) -> None:
+        """Start an executor in place of a dead one; slower each time when they die before they are ready."""
+        delay = self._restart_delay
+        self._restart_delay = min(2 * delay, RESTART_MOST)
+        await asyncio.sleep(delay)
+        # A new fork server may have brought this one already.
+        if not self._draining and self._processes.count < self._config.concurrency:
+            self._processes.fork()
+
+    def on_lost_fork_server(self) -> None:
+        """Start another fork server; its children have been reported one by one."""
+        if not self._draining:
+            log.error("fork_server_lost")
+            self._spawn(self._restart_fork_server())
+
+    async def _restart_fork_server(self) -> None:
+        self._dispatcher.tasks = (await self._processes.start()).tasks
+        for _ in range(self._config.concurrency - self._processes.count):
+            self._processes.fork()
+
+    async def _tick(self) -> None:
+        """Look after what no event announces: stalled chunks, and jobs stranded here without a slot."""
+        dispatcher = self._dispatcher
+        while True:
+            await asyncio.sleep(
+                STALL if dispatcher.in_flight > len(dispatcher.members) or dispatcher.waiting else 0.2
+            )
+            now = clock()
+            dispatcher.take_back_stalled(now)
+            self._send_out()
+            if dispatcher.release_stranded(now):
+                self._claimer.poke()
+
+    async def _drain(self, deadline: float) -> None:
+        """Finish or give back everything in hand."""
+        dispatcher = self._dispatcher
+        self._draining = True
+        self._claimer.draining = True
+        log.info("worker_stopping running=%d", dispatcher.in_flight)
+        dispatcher.take_back_all()
+        while True:
+            dispatcher.release_waiting()
+            self._claimer.poke()
+            if not dispatcher.in_flight:
+                break
+            if clock() >= deadline or self._stop_requested > 1:
+                self._killed = True
+                self._complete = False
+                for member in list(dispatcher.members.values()):
+                    if member.in_flight:
+                        self._processes.kill(member)
+            await asyncio.sleep(0.01)
+        for member in list(dispatcher.members.values()):
+            self._processes.retire(member)
+
+    async def _leave(self, deadline: float) -> None:
+        """Ack what is left and sign off; a database that is away now finds it all by itself later."""
+        try:
+            async with asyncio.timeout(max(5.0, deadline - clock())):
+                self._dispatcher.release_waiting()
+                await self._claimer.flush()
+                await self._maintenance.deregister()
+        except (PgQueueError, TimeoutError) as error:
+            self._complete = False
+            log.warning("worker_left_jobs unacked=%d error=%s", self._claimer.unacked, error)
+        stats = self._dispatcher
+        log.info(
+            "worker_stopped succeeded=%d failed=%d crashed=%d stale_acks=%d",
+            stats.succeeded,
+            stats.failed,
+            stats.crashed,
+            stats.stale,
+        )
+
+
+def _is_hopeless(error: DatabaseUnavailable) -> bool:
+    """Waiting does not mend a wrong password, role, database or host name."""
+    text = str(error).lower()
+    return any(
+        words in text
+        for words in (
+            "password authentication failed",
+            "does not exist",
+            "no password supplied",
+            "resolve",
+            "pg_hba.conf",
+        )
+    )

@@ -1,0 +1,239 @@
+"""What travels between a supervisor, its fork server and its executors, and the board they share.
+
+Frames are a four-byte length and MessagePack, over a socket pair. Job arguments pass through as the JSON text
+that the database sent; only the executor decodes them.
+
+The board is 32 bytes of shared memory per executor. The executor writes the number of the job it starts; the
+supervisor reads it, so a crash costs only the job that was running and a stall is seen without asking. To
+take jobs back, the supervisor writes a range of numbers that must not start any more. Each side writes its
+own cell before it reads the other's: either the executor sees the range, or the supervisor sees that the job
+has started. Nobody has to answer, so jobs come back even from an executor that is stuck in C code."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+HEADER = 4
+MAX_FRAME = 64 << 20
+
+if sys.platform == "linux":
+
+    def clock() -> float:
+        """Seconds that also count while the machine sleeps, the same in all processes of this machine."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+else:
+    clock = time.monotonic
+
+
+class Job(msgspec.Struct, array_like=True):
+    """One job for an executor. `number` grows by one with each job sent to it; `args` and `kwargs` are JSON
+    text."""
+
+    number: int
+    id: str
+    task: str
+    args: str
+    kwargs: str
+    headers: str
+    queue: str
+    priority: int
+    attempt: int
+    retries: int
+    max_retries: int | None
+    crashes: int
+    eta: float | None
+    worker: str
+
+
+class Jobs(msgspec.Struct, array_like=True, tag="jobs"):
+    """Supervisor to executor: run these, in this order."""
+
+    jobs: list[Job]
+
+
+class Ready(msgspec.Struct, array_like=True, tag="ready"):
+    """Executor to supervisor: waiting for jobs."""
+
+    pid: int
+
+
+class Succeeded(msgspec.Struct, array_like=True, tag="ok"):
+    """Executor to supervisor. Times are `clock()`; `result` is JSON text or None."""
+
+    number: int
+    started: float
+    finished: float
+    result: str | None = None
+    result_error: str | None = None
+
+
+class Failed(msgspec.Struct, array_like=True, tag="failed"):
+    """Executor to supervisor: the run failed. `delay` is None when the job is dead, and `reason` says why."""
+
+    number: int
+    started: float
+    finished: float
+    error_class: str
+    error_message: str
+    traceback: str
+    delay: float | None = None
+    max_retries: int | None = None
+    reason: str = ""
+    dead_letter_queue: str | None = None
+
+
+class Skipped(msgspec.Struct, array_like=True, tag="skipped"):
+    """Executor to supervisor: not started, because it was taken back."""
+
+    number: int
+
+
+class TaskFacts(msgspec.Struct, array_like=True):
+    """What a supervisor needs to know of a task without importing it."""
+
+    dead_letter_queue: str | None = None
+
+
+class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
+    """Fork server to supervisor: the application is imported. `config`: the fields of its `Config`."""
+
+    tasks: dict[str, TaskFacts]
+    config: dict[str, Any]
+
+
+class LoadFailed(msgspec.Struct, array_like=True, tag="load_failed"):
+    """Fork server to supervisor: the application could not be imported."""
+
+    message: str
+    traceback: str
+
+
+class Forked(msgspec.Struct, array_like=True, tag="forked"):
+    """Fork server to supervisor: the executor asked for is this process."""
+
+    index: int
+    pid: int
+
+
+class Exited(msgspec.Struct, array_like=True, tag="exited"):
+    """Fork server to supervisor: an executor is gone; `status` as `os.waitstatus_to_exitcode` gives it."""
+
+    index: int
+    pid: int
+    status: int
+
+
+FromExecutor = Ready | Succeeded | Failed | Skipped
+FromForkServer = Loaded | LoadFailed | Forked | Exited
+
+_encoder = msgspec.msgpack.Encoder()
+_decode_jobs = msgspec.msgpack.Decoder(Jobs).decode
+_decode_from_executor = msgspec.msgpack.Decoder(FromExecutor).decode
+_decode_from_fork_server = msgspec.msgpack.Decoder(FromForkServer).decode
+
+
+def frame(message: msgspec.Struct) -> bytearray:
+    """The message with its length in front."""
+    buffer = bytearray(HEADER)
+    _encoder.encode_into(message, buffer, HEADER)
+    buffer[:HEADER] = (len(buffer) - HEADER).to_bytes(HEADER, "big")
+    return buffer
+
+
+class Frames:
+    """Cuts a byte stream into frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The payloads completed by `data`; ValueError when the stream is not ours."""
+        buffer = self._buffer
+        buffer += data
+        start, end = 0, len(buffer)
+        while end - start >= HEADER:
+            length = int.from_bytes(buffer[start : start + HEADER], "big")
+            if length > MAX_FRAME:
+                raise ValueError(f"a frame is at most {MAX_FRAME} bytes, got one of {length}")
+            if end - start - HEADER < length:
+                break
+            yield bytes(buffer[start + HEADER : start + HEADER + length])
+            start += HEADER + length
+        del buffer[:start]
+
+
+def decode_jobs(payload: bytes) -> list[Job]:
+    """What an executor reads."""
+    return _decode_jobs(payload).jobs
+
+
+def decode_from_executor(payload: bytes) -> FromExecutor:
+    """What a supervisor reads from an executor."""
+    message: FromExecutor = _decode_from_executor(payload)
+    return message
+
+
+def decode_from_fork_server(payload: bytes) -> FromForkServer:
+    """What a supervisor reads from its fork server."""
+    message: FromForkServer = _decode_from_fork_server(payload)
+    return message
+
+
+class Board:
+    """The memory an executor shares with its supervisor; see the module's text."""
+
+    SIZE = 32
+    _STARTED, _FROM, _UPTO = range(3)
+
+    def __init__(self, descriptor: int) -> None:
+        self._memory = mmap.mmap(descriptor, self.SIZE)
+        self._cells = memoryview(self._memory).cast("Q")
+
+    @staticmethod
+    def create() -> int:
+        """A descriptor of fresh shared memory; the caller closes it."""
+        if hasattr(os, "memfd_create"):
+            descriptor = os.memfd_create("pgqueue-board", os.MFD_CLOEXEC)
+        else:
+            with tempfile.TemporaryFile() as file:
+                descriptor = os.dup(file.fileno())
+        os.ftruncate(descriptor, Board.SIZE)
+        return descriptor
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._cells.release()
+        self._memory.close()
+
+    def start(self, number: int) -> bool:
+        """Executor: mark job `number` as started; False if it was taken back and must not run."""
+        cells = self._cells
+        cells[self._STARTED] = number
+        return not cells[self._FROM] <= number < cells[self._UPTO]
+
+    @property
+    def started(self) -> int:
+        """The number of the job started last, 0 before the first."""
+        return self._cells[self._STARTED]
+
+    def recall(self, upto: int) -> int:
+        """Supervisor: nothing below `upto` may start any more; returns the first number that certainly has
+        not.
+
+        Numbers between the job that was running and the one returned may have started: they stay with the
+            executor,
+        which reports them as skipped if they had not.
+        """
+        cells = self._cells
+        before = cells[self._STARTED]
+        cells[self._UPTO] = upto
+        cells[self._FROM] = before + 1
+        return cells[self._STARTED] + 1

@@ -1,0 +1,260 @@
+"""Which job goes where, what a death costs, and how many to claim: no process, no database, no clock."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pgqueue.database.store import CLAIM_LIMIT, ClaimedJob
+from pgqueue.worker.dispatcher import CHUNK_JOBS, PREFETCH_JOBS, STALL, STRANDED, Dispatcher, Member, Pace
+from pgqueue.worker.wire import Board, Failed, Skipped, Succeeded, TaskFacts
+
+_numbers = itertools.count(1)
+
+
+def claimed(
+    task: str = "task", *, crashes: int = 0, expired: bool = False, args: str | None = "[]"
+) -> ClaimedJob:
+    number = next(_numbers)
+    return ClaimedJob(
+        f"job-{number}",
+        "default",
+        5,
+        number,
+        task,
+        args,
+        "{}",
+        "{}",
+        1,
+        0,
+        None,
+        crashes,
+        None,
+        expired,
+        "worker",
+    )
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Dispatcher]]:
+    """Makes dispatchers with ready executors."""
+    boards: list[Board] = []
+
+    def dispatcher(executors: int = 2, max_crashes: int = 3) -> Dispatcher:
+        made = Dispatcher(max_crashes=max_crashes)
+        for index in range(1, executors + 1):
+            descriptor = Board.create()
+            boards.append(Board(descriptor))
+            os.close(descriptor)
+            made.members[index] = Member(index, 1000 + index, boards[-1], ready=True)
+        return made
+
+    yield dispatcher
+    for board in boards:
+        board.close()
+
+
+def sent(dispatcher: Dispatcher, now: float = 0.0) -> dict[int, list[str]]:
+    return {member.index: [job.id for job in jobs] for member, jobs in dispatcher.assign(now)}
+
+
+def succeed(dispatcher: Dispatcher, member: Member, number: int, seconds: float) -> None:
+    member.board.start(number)
+    dispatcher.finished(member, Succeeded(number, 10.0, 10.0 + seconds))
+
+
+def teach(dispatcher: Dispatcher, task: str, seconds: float) -> None:
+    for _ in range(200):
+        dispatcher.pace.observe(task, seconds)
+
+
+def test_unknown_tasks_go_out_one_at_a_time_to_every_free_slot(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(2)
+    jobs = [claimed() for _ in range(5)]
+    dispatcher.add(jobs, 0.0)
+    assert sent(dispatcher) == {1: [jobs[0].id], 2: [jobs[1].id]}
+    assert dispatcher.waiting == 3
+    assert sent(dispatcher) == {}
+
+
+def test_exactly_the_free_slots_are_claimed_for_long_jobs(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(4)
+    teach(dispatcher, "task", 30.0)
+    assert dispatcher.wanted() == 4
+    dispatcher.add([claimed()], 0.0)
+    assert dispatcher.wanted() == 3
+    sent(dispatcher)
+    assert dispatcher.wanted() == 3
+
+
+def test_short_jobs_are_claimed_ahead_about_100_ms_and_within_bounds(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(2)
+    teach(dispatcher, "task", 0.01)
+    assert dispatcher.wanted() == pytest.approx(20, abs=1)
+    teach(dispatcher, "task", 0.00001)
+    assert dispatcher.wanted() == CLAIM_LIMIT
+    dispatcher.add([claimed() for _ in range(PREFETCH_JOBS)], 0.0)
+    assert dispatcher.wanted() == 0
+
+
+def test_sub_millisecond_jobs_travel_in_chunks_shared_among_the_executors(
+    make: Callable[..., Dispatcher],
+) -> None:
+    dispatcher = make(2)
+    teach(dispatcher, "fast", 0.00002)
+    dispatcher.add([claimed("fast") for _ in range(100)], 0.0)
+    chunks = sent(dispatcher)
+    assert [len(chunk) for chunk in chunks.values()] == [50, 25]
+    dispatcher.add([claimed("fast") for _ in range(1000)], 0.0)
+    assert all(len(member.in_flight) <= CHUNK_JOBS for member in dispatcher.members.values())
+
+
+def test_a_long_job_is_never_put_behind_others_nor_others_behind_it(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(1)
+    teach(dispatcher, "fast", 0.00002)
+    teach(dispatcher, "long", 5.0)
+    jobs = [claimed("fast"), claimed("long"), claimed("fast"), claimed("fast")]
+    dispatcher.add(jobs, 0.0)
+    assert sent(dispatcher) == {1: [jobs[0].id]}
+    succeed(dispatcher, dispatcher.members[1], 1, 0.00002)
+    assert sent(dispatcher) == {1: [jobs[1].id]}
+    assert sent(dispatcher) == {}
+
+
+def test_a_stalled_chunk_gives_its_rest_back_in_order(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(1)
+    teach(dispatcher, "fast", 0.00002)
+    jobs = [claimed("fast") for _ in range(10)]
+    dispatcher.add(jobs, 0.0)
+    sent(dispatcher)
+    member = dispatcher.members[1]
+    member.board.start(1)
+    dispatcher.take_back_stalled(1.0)
+    assert len(member.in_flight) == 10, "progress since the last look: not stalled"
+    dispatcher.take_back_stalled(1.0 + STALL)
+    assert [job.id for job in member.in_flight.values()] == [jobs[0].id]
+    assert dispatcher.waiting == 9
+    assert not member.board.start(2)
+    assert dispatcher.pace.expect("fast") > 0.001  # type: ignore[operator]
+
+
+def test_a_skipped_job_waits_again_and_a_late_report_of_a_recalled_one_is_ignored(
+    make: Callable[..., Dispatcher],
+) -> None:
+    dispatcher = make(1)
+    job = claimed()
+    dispatcher.add([job], 0.0)
+    sent(dispatcher)
+    member = dispatcher.members[1]
+    dispatcher.skipped(member, Skipped(1))
+    assert dispatcher.waiting == 1
+    dispatcher.finished(member, Succeeded(1, 0.0, 1.0))
+    assert dispatcher.outcomes == []
+
+
+def test_a_death_costs_only_the_running_job(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(1)
+    dispatcher.tasks = {"fast": TaskFacts("letters")}
+    teach(dispatcher, "fast", 0.00002)
+    jobs = [claimed("fast") for _ in range(5)]
+    dispatcher.add(jobs, 0.0)
+    sent(dispatcher)
+    member = dispatcher.members[1]
+    succeed(dispatcher, member, 1, 0.00002)
+    member.board.start(2)
+    assert dispatcher.gone(member, "executor 7 was killed by SIGKILL") is jobs[1]
+    verbs = [(outcome.id, outcome.verb, outcome.kind) for outcome in dispatcher.outcomes]
+    assert verbs == [(jobs[0].id, "finish", "failed"), (jobs[1].id, "retry", "crashed")]
+    assert "killed by SIGKILL while running job" in str(dispatcher.outcomes[1].error_message)
+    assert dispatcher.waiting == 3
+    assert dispatcher.members == {}
+
+
+def test_a_death_between_jobs_costs_nothing(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(1)
+    dispatcher.add([claimed()], 0.0)
+    sent(dispatcher)
+    assert dispatcher.gone(dispatcher.members[1], "exited") is None
+    assert (dispatcher.outcomes, dispatcher.waiting) == ([], 1)
+
+
+def test_the_third_crash_buries_under_the_tasks_dead_letter_queue(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(1)
+    dispatcher.tasks = {"task": TaskFacts("letters")}
+    dispatcher.add([claimed(crashes=2)], 0.0)
+    sent(dispatcher)
+    member = dispatcher.members[1]
+    member.board.start(1)
+    dispatcher.gone(member, "executor 7 was killed by SIGSEGV")
+    (outcome,) = dispatcher.outcomes
+    assert (outcome.verb, outcome.reason, outcome.dead_letter_queue) == ("bury", "crashed", "letters")
+
+
+def test_a_job_killed_by_the_supervisor_goes_back_without_a_crash(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(1)
+    dispatcher.add([claimed()], 0.0)
+    sent(dispatcher)
+    member = dispatcher.members[1]
+    member.board.start(1)
+    dispatcher.gone(member, "killed", by_us=True)
+    assert [outcome.verb for outcome in dispatcher.outcomes] == ["release"]
+    assert dispatcher.crashed == 0
+
+
+def test_expired_jobs_end_without_running(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(1)
+    dispatcher.add([claimed(expired=True)], 0.0)
+    assert sent(dispatcher) == {}
+    assert [(outcome.verb, outcome.state) for outcome in dispatcher.outcomes] == [("finish", "expired")]
+
+
+def test_jobs_that_wait_without_a_slot_go_back_to_the_database(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(1)
+    dispatcher.add([claimed(), claimed()], 0.0)
+    sent(dispatcher, 0.0)
+    assert not dispatcher.release_stranded(STRANDED / 2)
+    assert dispatcher.release_stranded(STRANDED)
+    assert [outcome.verb for outcome in dispatcher.outcomes] == ["release"]
+
+
+def test_a_failure_is_a_retry_or_a_burial_as_the_executor_decided(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(2)
+    dispatcher.add([claimed(), claimed()], 0.0)
+    sent(dispatcher)
+    again = Failed(1, 0.0, 1.0, "E", "m", "t", delay=2.0)
+    dead = Failed(1, 0.0, 1.0, "E", "m", "t", reason="retries_exhausted", dead_letter_queue="letters")
+    dispatcher.finished(dispatcher.members[1], again)
+    dispatcher.finished(dispatcher.members[2], dead)
+    first, second = dispatcher.outcomes
+    assert (first.verb, first.delay) == ("retry", 2.0)
+    assert (second.verb, second.reason, second.dead_letter_queue) == ("bury", "retries_exhausted", "letters")
+
+
+def test_a_large_job_is_sent_alone(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(1)
+    teach(dispatcher, "fast", 0.00002)
+    jobs = [claimed("fast", args=None), claimed("fast")]
+    dispatcher.add(jobs, 0.0)
+    assert sent(dispatcher) == {1: [jobs[0].id]}
+
+
+def test_only_jobs_running_for_long_are_reported_as_running(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(2)
+    jobs = [claimed(), claimed()]
+    dispatcher.add(jobs, 0.0)
+    sent(dispatcher)
+    dispatcher.members[1].board.start(1)
+    assert dispatcher.running_for(1.0, 5.0) == []
+    assert dispatcher.running_for(1.0, 6.0) == [jobs[0].id]
+
+
+def test_a_slower_run_counts_at_once_and_a_faster_one_slowly() -> None:
+    pace = Pace()
+    pace.observe("task", 0.001)
+    pace.observe("task", 10.0)
+    assert pace.expect("task") > 1.0  # type: ignore[operator]
+    pace.observe("task", 0.001)
+    assert pace.expect("task") > 1.0  # type: ignore[operator]

@@ -1,0 +1,236 @@
+"""Lanes and cursors against a small model of a table whose rows appear in any order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgqueue.worker.lanes import END, MAX_MARKS, QUEUES_PER_CLAIM, SWEEP_INTERVAL, WINDOW, Cursor, Lanes, Plan
+
+
+@dataclass
+class Table:
+    """Rows by (queue, priority, position), and the transactions that are still open."""
+
+    ready: set[tuple[str, int, int]] = field(default_factory=set)
+    open: dict[int, list[tuple[str, int, int]]] = field(default_factory=dict)
+    next_position: int = 1
+    next_xid: int = 1000
+
+    def begin(self, *lanes: tuple[str, int]) -> int:
+        xid = self.next_xid
+        self.next_xid += 1
+        self.open[xid] = []
+        for queue, priority in lanes:
+            self.open[xid].append((queue, priority, self.next_position))
+            self.next_position += 1
+        return xid
+
+    def commit(self, xid: int) -> None:
+        self.ready.update(self.open.pop(xid))
+
+    def insert(self, queue: str = "q", priority: int = 5, count: int = 1) -> None:
+        for _ in range(count):
+            self.commit(self.begin((queue, priority)))
+
+    def claim(self, plan: Plan) -> tuple[list[tuple[str, int, int]], int, int]:
+        found: list[tuple[str, int, int]] = []
+        for stretch in plan.ranges:
+            key = (stretch.lane.queue, stretch.lane.priority)
+            mine = sorted(
+                row for row in self.ready if row[:2] == key and stretch.after < row[2] <= stretch.upto
+            )
+            found += mine[: min(stretch.most, plan.batch - len(found))]
+        self.ready.difference_update(found)
+        return found, min(self.open, default=self.next_xid), self.next_xid
+
+
+def served(lanes: Lanes, table: Table, now: float, batch: int = 10, **options: bool) -> list[int]:
+    plan = lanes.plan(batch, now, **options)
+    found, xmin, xmax = table.claim(plan)
+    lanes.absorb(plan, found, xmin, xmax, now)
+    return [position for _, _, position in found]
+
+
+def strict(*queues: str) -> Lanes:
+    return Lanes(queues, None, Random(1))
+
+
+def test_a_claim_asks_only_beyond_what_the_lane_has_reached() -> None:
+    lanes, table = strict("q"), Table()
+    table.insert(count=20)
+    assert served(lanes, table, 0.0) == list(range(1, 11))
+    plan = lanes.plan(10, 0.0)
+    lane = next(stretch for stretch in plan.ranges if stretch.lane.priority == 5)
+    assert lane.after == 10
+
+
+def test_all_ten_priorities_larger_first_and_queues_in_order() -> None:
+    plan = strict("high", "low").plan(1, 0.0)
+    order = [(stretch.lane.queue, stretch.lane.priority) for stretch in plan.ranges]
+    assert order == [(queue, priority) for queue in ("high", "low") for priority in range(9, -1, -1)]
+
+
+def test_a_late_row_is_found_by_the_trailing_scan() -> None:
+    lanes, table = strict("q"), Table()
+    late = table.begin(("q", 5))
+    table.insert(count=5)
+    assert served(lanes, table, 0.0) == [2, 3, 4, 5, 6]
+    table.commit(late)
+    table.insert(count=3)
+    assert served(lanes, table, 0.1) == [1, 7, 8, 9]
+
+
+def test_without_open_writers_the_trailer_keeps_up_and_nothing_is_scanned_twice() -> None:
+    lanes, table = strict("q"), Table()
+    table.insert(count=30)
+    served(lanes, table, 0.0)
+    served(lanes, table, 0.1)
+    plan = lanes.plan(10, 0.2)
+    assert [stretch for stretch in plan.ranges if stretch.upto != END] == []
+
+
+def test_an_open_writer_holds_the_trailer_and_its_end_lets_it_go() -> None:
+    lanes, table = strict("q"), Table()
+    table.insert(count=10)
+    served(lanes, table, 0.0)
+    writer = table.begin()
+    table.insert(count=10)
+    served(lanes, table, 0.1)
+    lane = next(stretch.lane for stretch in lanes.plan(1, 0.1).ranges if stretch.lane.priority == 5)
+    assert (lane.leader, lane.trailer) == (20, 10)
+    table.commit(writer)
+    served(lanes, table, 0.2)
+    assert lane.trailer == 20
+
+
+def test_many_late_rows_do_not_starve_behind_a_busy_lane() -> None:
+    """Each claim is overtaken by as many new rows; the late ones, more than a window holds, still come first,
+    in order.
+
+    Another writer that stays open holds the trailing cursor all the while.
+    """
+    lanes, table = strict("q"), Table()
+    table.begin()
+    late = table.begin(*[("q", 5)] * (WINDOW + 2000))
+    table.insert(count=1000)
+    now, order = 0.0, []
+    order += served(lanes, table, now, batch=500)
+    table.commit(late)
+    for _ in range(30):
+        now += 0.06
+        table.insert(count=500)
+        order += served(lanes, table, now, batch=500)
+    first = order.index(1)
+    assert order[first : first + WINDOW + 2000] == list(range(1, WINDOW + 2001))
+
+
+def test_trailing_scans_are_bounded_and_go_round() -> None:
+    lanes, table = strict("q"), Table()
+    table.open[999] = []  # an old writer
+    table.next_position = 3 * WINDOW
+    table.insert(count=5)
+    served(lanes, table, 0.0)
+    seen: list[tuple[float, float]] = []
+    for step in range(1, 9):
+        plan = lanes.plan(10, step * 0.1)
+        seen += [(s.after, s.upto) for s in plan.ranges if s.upto != END]
+        found, xmin, xmax = table.claim(plan)
+        lanes.absorb(plan, found, xmin, xmax, step * 0.1)
+    assert all(upto - after <= WINDOW for after, upto in seen)
+    assert seen[:4] == seen[4:8]
+    assert len(seen) == 8
+
+
+def test_every_lane_is_swept_from_the_beginning_every_few_seconds() -> None:
+    lanes, table = strict("q"), Table()
+    table.insert(count=5)
+    served(lanes, table, 0.0)
+    table.ready.add(("q", 5, 1))  # a row the cursors cannot know of, as from a promoted replica's sequence
+    assert served(lanes, table, SWEEP_INTERVAL - 0.1) == []
+    assert served(lanes, table, SWEEP_INTERVAL + 0.1) == [1]
+
+
+def test_a_sweep_that_fills_a_batch_goes_on_from_there_and_is_not_repeated() -> None:
+    lanes, table = strict("q"), Table()
+    table.insert(count=50)
+    order = [position for step in range(5) for position in served(lanes, table, step * 0.001)]
+    assert order == list(range(1, 51))
+    assert all(stretch.after == 50 for stretch in lanes.plan(10, 0.01).ranges if stretch.lane.priority == 5)
+
+
+def test_looking_to_the_end_leaves_nothing_out() -> None:
+    lanes, table = strict("q"), Table()
+    late = table.begin(("q", 5))
+    table.insert(count=3)
+    served(lanes, table, 0.0)
+    table.commit(late)
+    assert served(lanes, table, 0.001, to_the_end=True) == [1]
+
+
+def test_an_empty_look_is_complete_only_after_all_queues_had_their_turn() -> None:
+    lanes, table = strict(*(f"q{n}" for n in range(2 * QUEUES_PER_CLAIM + 1))), Table()
+    complete = []
+    for _ in range(3):
+        plan = lanes.plan(10, 0.0, to_the_end=True)
+        complete.append(plan.complete)
+        lanes.absorb(plan, *table.claim(plan), 0.0)
+    assert complete == [False, False, True]
+
+
+def test_marks_stay_bounded_under_an_old_writer() -> None:
+    cursor = Cursor()
+    for n in range(1, 10_000):
+        cursor.lead(n, 100 + n)
+    assert len(cursor._marks) <= MAX_MARKS
+    cursor.covered(0, END, 100 + 10_000)
+    assert cursor.trailer == cursor.leader
+
+
+def test_weights_share_a_batch_and_every_queue_comes_first_sometimes() -> None:
+    lanes = Lanes(["a", "b"], {"a": 3, "b": 1}, Random(7))
+    first = [lanes.plan(8, 0.0).ranges[0].lane.queue for _ in range(1000)]
+    assert 650 < first.count("a") < 850
+    caps = {stretch.lane.queue: stretch.most for stretch in lanes.plan(8, 0.0).ranges}
+    assert caps == {"a": 6, "b": 2}
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_every_row_is_served_once_whatever_commits_when(data: st.DataObject) -> None:
+    lanes, table = strict("a", "b"), Table()
+    now, order = 0.0, []
+    for _ in range(data.draw(st.integers(1, 40))):
+        act = data.draw(st.sampled_from(["begin", "commit", "insert", "claim", "look", "wait"]))
+        if act == "begin":
+            rows = data.draw(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([1, 5])), max_size=15))
+            table.begin(*rows)
+        elif act == "commit" and table.open:
+            table.commit(data.draw(st.sampled_from(sorted(table.open))))
+        elif act == "insert":
+            table.insert(data.draw(st.sampled_from("ab")), count=data.draw(st.integers(1, 12)))
+        elif act == "claim":
+            order += served(lanes, table, now, batch=data.draw(st.integers(1, 12)))
+        elif act == "look":
+            order += served(lanes, table, now, batch=12, to_the_end=True)
+        else:
+            now += 0.06
+    for xid in sorted(table.open):
+        table.commit(xid)
+    # Without the sweep from zero: the cursors alone must find everything.
+    while rest := served(lanes, table, now, batch=12, to_the_end=True):
+        order += rest
+        now += 0.001
+    assert sorted(order) == sorted(set(order))
+    assert len(order) == table.next_position - 1
+
+
+@pytest.mark.parametrize("to_the_end", [False, True])
+def test_the_statement_gets_parallel_arrays(to_the_end: bool) -> None:
+    parameters = strict("q").plan(7, 0.0, to_the_end=to_the_end).parameters()
+    assert parameters["batch"] == 7
+    assert {len(parameters[name]) for name in ("queues", "priorities", "after", "upto", "most")} == {10}  # type: ignore[arg-type]

@@ -1,0 +1,135 @@
+"""Frames over a stream, and the board that an executor shares with its supervisor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgqueue.worker.wire import (
+    HEADER,
+    MAX_FRAME,
+    Board,
+    Failed,
+    Frames,
+    Job,
+    Jobs,
+    Ready,
+    Skipped,
+    Succeeded,
+    decode_from_executor,
+    decode_jobs,
+    frame,
+)
+
+
+def job(number: int, args: str = "[]") -> Job:
+    return Job(number, "id", "task", args, "{}", "{}", "default", 5, 1, 0, None, 0, None, "worker")
+
+
+@given(st.lists(st.text(max_size=50), max_size=8), st.integers(1, 64))
+def test_frames_come_out_as_they_went_in_however_the_stream_is_cut(texts: list[str], size: int) -> None:
+    stream = b"".join(bytes(frame(Jobs([job(1, text)]))) for text in texts)
+    frames, out = Frames(), []
+    for start in range(0, len(stream), size):
+        out += [decode_jobs(payload)[0].args for payload in frames.feed(stream[start : start + size])]
+    assert out == texts
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Ready(4711),
+        Succeeded(1, 1.5, 2.5, "[1]", None),
+        Failed(2, 1.0, 2.0, "E", "m", "t", 3.0, None, ""),
+        Skipped(3),
+    ],
+)
+def test_what_an_executor_says_survives_the_wire(message: Ready | Succeeded | Failed | Skipped) -> None:
+    assert decode_from_executor(bytes(frame(message)[HEADER:])) == message
+
+
+def test_a_stream_that_is_not_ours_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"at most {MAX_FRAME}"):
+        list(Frames().feed(b"GET / HTTP/1.1\r\n"))
+
+
+@pytest.fixture
+def boards() -> Iterator[tuple[Board, Board]]:
+    """The executor's and the supervisor's view of one board."""
+    descriptor = Board.create()
+    executor, supervisor = Board(descriptor), Board(descriptor)
+    os.close(descriptor)
+    yield executor, supervisor
+    executor.close()
+    supervisor.close()
+
+
+def test_the_supervisor_sees_what_the_executor_started(boards: tuple[Board, Board]) -> None:
+    executor, supervisor = boards
+    assert supervisor.started == 0
+    assert executor.start(7)
+    assert supervisor.started == 7
+
+
+def test_recalled_jobs_do_not_start_and_later_ones_do(boards: tuple[Board, Board]) -> None:
+    executor, supervisor = boards
+    assert executor.start(1)
+    assert supervisor.recall(upto=5) == 2
+    assert [executor.start(number) for number in (2, 3, 4, 5, 6)] == [False, False, False, True, True]
+
+
+def test_a_second_recall_covers_the_jobs_sent_since(boards: tuple[Board, Board]) -> None:
+    executor, supervisor = boards
+    executor.start(1)
+    supervisor.recall(upto=3)
+    assert executor.start(3)
+    assert supervisor.recall(upto=6) == 4
+    assert [executor.start(number) for number in (4, 5, 6)] == [False, False, True]
+
+
+def test_a_job_that_starts_during_the_recall_stays_with_the_executor(boards: tuple[Board, Board]) -> None:
+    """Every interleaving of one start with the recall's steps: the job runs, or the supervisor has it, or is
+    told."""
+    executor, supervisor = boards
+    executor.start(1)
+
+    class Racing(Board):
+        def __init__(self) -> None:
+            self._memory = supervisor._memory
+            self._cells = Cells(supervisor._cells)  # type: ignore[assignment]
+
+    class Cells:
+        """Starts job 2 before the nth access to the shared cells."""
+
+        def __init__(self, cells: memoryview) -> None:
+            self.cells = cells
+
+        def _race(self) -> None:
+            nonlocal countdown, ran
+            countdown -= 1
+            if countdown == 0:
+                ran = executor.start(2)
+
+        def __getitem__(self, index: int) -> int:
+            self._race()
+            return int(self.cells[index])
+
+        def __setitem__(self, index: int, value: int) -> None:
+            self._race()
+            self.cells[index] = value
+
+    outcomes = set()
+    for when in range(1, 5):
+        countdown, ran = when, False
+        supervisor._cells[Board._STARTED] = 1
+        supervisor._cells[Board._FROM] = supervisor._cells[Board._UPTO] = 0
+        first = Racing().recall(upto=5)
+        outcomes.add((ran, first))
+        assert first > 2, (
+            "job 2 had started before the recall ended: the supervisor must not give it to another"
+        )
+    assert {ran for ran, _ in outcomes} == {True, False}
