@@ -58,7 +58,8 @@ def check_id(job_id: object) -> str:
         return str(job_id if isinstance(job_id, uuid.UUID) else uuid.UUID(str(job_id)))
     except ValueError:
         raise ValueError(
-            f"job_id must be a UUID, got {job_id!r}; for a key of your own use unique_key="
+            f"job_id must be a UUID, got {job_id!r}; "
+            "a key of your own is the unique_key of pgqueue.enqueue() in SQL"
         ) from None
 
 

@@ -168,7 +168,6 @@ class Request:
         priority: 0 to 9.
         headers: JSON values that travelled with it.
         worker: Id of the worker that runs it, None when called directly.
-        enqueued_at: By the database's clock, None when called directly.
         called_directly: The function was called like any function: there is no job.
     """
 
@@ -183,7 +182,6 @@ class Request:
     priority: int = 0
     headers: Mapping[str, Any] = field(default_factory=dict)
     worker: str | None = None
-    enqueued_at: datetime | None = None
     called_directly: bool = False
 
 

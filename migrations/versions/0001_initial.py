@@ -362,7 +362,7 @@ COMMENT ON FUNCTION {schema}.enqueue_many IS 'Enqueue a JSON array of jobs, each
 # ack behind it; LIKE + ATTACH with a short lock_timeout gives up instead and is tried again later.
 PARTITION_FUNCTIONS = r"""
 CREATE FUNCTION {schema}.make_partitions(days integer DEFAULT 14) RETURNS integer
-LANGUAGE plpgsql SET search_path = pg_catalog, {schema}, pg_temp SET timezone = 'UTC' SET lock_timeout = '200ms' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp SET timezone = 'UTC' SET lock_timeout = '200ms' AS $$
 DECLARE
     parent    text;
     time_name text;
@@ -376,12 +376,14 @@ BEGIN
             CONTINUE WHEN to_regclass('{schema}.' || child) IS NOT NULL;
             BEGIN
                 EXECUTE format('CREATE TABLE {schema}.%I (LIKE {schema}.%I INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING INDEXES)', child, parent);
+                -- Locked before rows are moved: one that came in between would make ATTACH fail.
+                EXECUTE format('LOCK TABLE {schema}.%I IN ACCESS EXCLUSIVE MODE', parent || '_default');
                 EXECUTE format('WITH moved AS (DELETE FROM {schema}.%I WHERE %I >= %L AND %I < %L RETURNING *) INSERT INTO {schema}.%I SELECT * FROM moved',
                     parent || '_default', time_name, day::timestamptz, time_name, (day + 1)::timestamptz, child);
                 EXECUTE format('ALTER TABLE {schema}.%I ATTACH PARTITION {schema}.%I FOR VALUES FROM (%L) TO (%L)',
                     parent, child, day::timestamptz, (day + 1)::timestamptz);
                 made := made + 1;
-            EXCEPTION WHEN lock_not_available OR duplicate_table THEN
+            EXCEPTION WHEN lock_not_available OR duplicate_table OR unique_violation THEN
                 NULL;  -- somebody reads, or another worker makes it; rows go to the default partition meanwhile
             END;
         END LOOP;
@@ -391,7 +393,7 @@ END $$;
 COMMENT ON FUNCTION {schema}.make_partitions(integer) IS 'Make the history partitions from yesterday to so many days ahead; returns how many were made';
 
 CREATE FUNCTION {schema}.drop_partitions(finished_age interval, failures_age interval) RETURNS integer
-LANGUAGE plpgsql SET search_path = pg_catalog, {schema}, pg_temp SET timezone = 'UTC' SET lock_timeout = '200ms' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp SET timezone = 'UTC' SET lock_timeout = '200ms' AS $$
 DECLARE
     child   text;
     dropped integer := 0;
@@ -411,6 +413,8 @@ BEGIN
             NULL;  -- somebody reads it; the next pass tries again
         END;
     END LOOP;
+    DELETE FROM finished_jobs_default WHERE finished_at <= now() - finished_age;
+    DELETE FROM failures_default WHERE failed_at <= now() - failures_age;
     RETURN dropped;
 END $$;
 COMMENT ON FUNCTION {schema}.drop_partitions(interval, interval) IS 'Drop history partitions that ended longer ago than this; returns how many were dropped';

@@ -111,5 +111,8 @@ def worker(
     # imported.
     Config.load({}, **flags)
     logging.basicConfig(level=(loglevel or "INFO").upper(), format=LOG_FORMAT)
+    logging.getLogger("psycopg").setLevel(
+        logging.ERROR
+    )  # it warns of each connection we have reported already
     finished = run_worker(context.target, version=__version__, flags=flags, queues=names, weights=weights)
     return 0 if finished else 3

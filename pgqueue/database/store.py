@@ -242,8 +242,7 @@ def decode_claimed(rows: list[Row], worker: str) -> tuple[list[ClaimedJob], list
 Verb = Literal["finish", "retry", "bury", "release"]
 
 
-@dataclass(slots=True)
-class Outcome:
+class Outcome(msgspec.Struct):
     """What became of one attempt, waiting to be acked.
 
     Attributes:

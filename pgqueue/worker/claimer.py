@@ -119,6 +119,12 @@ class Claimer:
         self._finishing = True
         self._event.set()
 
+    def serve(self, queue: str) -> None:
+        """Serve one more queue, and ask to be woken for it too."""
+        self._lanes.add(queue)
+        self._armed_at = None
+        self.wake()
+
     def wake(self) -> None:
         """Look for jobs now: somebody said there are some."""
         self._wake_now = True
@@ -137,6 +143,8 @@ class Claimer:
         while not self._finishing:
             try:
                 await self.run_once()
+                if self._failures:
+                    log.info("database_back connection=claim failures=%d", self._failures)
                 self._failures = 0
             except DatabaseUnavailable as error:
                 await self._back_off(str(error))

@@ -275,26 +275,26 @@ class Dispatcher:
 
     def _chunk(self, member: Member) -> list[ClaimedJob]:
         """The next jobs for one executor; empty when it has enough."""
-        waiting = self._waiting
-        planned = 0.0
-        for job in member.in_flight.values():
-            expected = self.pace.expect(job.task)
-            if expected is None or expected > SHORT:
-                return []
-            planned += expected
+        waiting, expect = self._waiting, self.pace.expect
         room = min(CHUNK_JOBS - len(member.in_flight), max(1, len(waiting) // max(1, len(self.members))))
-        if member.in_flight and room < CHUNK_JOBS // 2:
-            return []
+        planned = 0.0
+        if member.in_flight:
+            if room < CHUNK_JOBS // 2:
+                return []
+            for job in member.in_flight.values():
+                expected = expect(job.task)
+                if expected is None or expected > SHORT:
+                    return []
+                planned += expected
         chunk: list[ClaimedJob] = []
         while waiting and len(chunk) < room:
             job = waiting[0]
-            expected = self.pace.expect(job.task)
-            alone = expected is None or expected > SHORT or job.args is None
-            if alone:
+            expected = expect(job.task)
+            if expected is None or expected > SHORT or job.args is None:
                 if not chunk and not member.in_flight:
                     chunk.append(waiting.popleft())
                 break
-            planned += expected or 0.0
+            planned += expected
             if chunk and planned > CHUNK_TIME:
                 break
             chunk.append(waiting.popleft())

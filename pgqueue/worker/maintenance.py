@@ -299,27 +299,30 @@ class Maintenance:
                 discover(queue)
             if not found:
                 return
-            self._wake()
 
     async def keep_house(self, now: float) -> None:
-        """Partitions ahead, retention, and the rows of workers long gone."""
-        if now >= self._partitions.at:
-            ((made,),) = await self._link.call("make_partitions")
-            self._partitions.at = now + PARTITIONS_INTERVAL
-            log.debug("partitions_made count=%d", made)
+        """Partitions, retention, the rows of workers long gone; what fails does not stop the rest."""
         config = self._config
-        ((dropped,),) = await self._link.call(
+        if now >= self._partitions.at and await self._tidy("make_partitions"):
+            self._partitions.at = now + PARTITIONS_INTERVAL
+        await self._tidy(
             "drop_partitions",
             finished_days=config.retention_finished,
             failures_days=config.retention_failures,
         )
-        if dropped:
-            log.info("partitions_dropped count=%d", dropped)
-        await self._link.run(
-            [Call("delete_fenced_workers")],
-            [Call("prune_dead_letters", {"days": config.retention_dead_letters})],
-            [Call("prune_audit_log", {"days": config.retention_audit})],
-        )
+        await self._tidy("delete_fenced_workers")
+        await self._tidy("prune_dead_letters", days=config.retention_dead_letters)
+        await self._tidy("prune_audit_log", days=config.retention_audit)
+
+    async def _tidy(self, name: str, **parameters: object) -> bool:
+        """Run one statement of housekeeping; False if the database refused it."""
+        try:
+            rows = await self._link.call(name, **parameters)
+        except GroupFailed as error:
+            log.warning("housekeeping_failed act=%s error=%s", name, error)
+            return False
+        log.debug("housekeeping act=%s rows=%d", name, len(rows))
+        return True
 
     async def _became_ready(self, queues: list[str]) -> None:
         """Jobs have become ready without an enqueue: tell ourselves, and whoever sleeps."""

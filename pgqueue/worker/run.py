@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ async def _serve(
     try:
         loaded = await processes.start()
         config = Config(**loaded.config)
+        logging.getLogger().setLevel(config.log_level)
         supervisor = Supervisor(processes, loaded, config, version=version, queues=queues, weights=weights)
         return await supervisor.run()
     finally:

@@ -96,7 +96,7 @@ class Supervisor:
             config,
             registration=self._registration,
             queues=lambda: self._lanes.queues,
-            discover=self._lanes.add if self._everything else None,
+            discover=(lambda queue: self._claimer.serve(queue)) if self._everything else None,
             asleep=lambda: self._claimer.asleep,
             wake=lambda: self._claimer.wake(),
             random=self._random,

@@ -152,22 +152,22 @@ class Frames:
     """Cuts a byte stream into frames."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The payloads completed by `data`; ValueError when the stream is not ours."""
-        buffer = self._buffer
-        buffer += data
-        start, end = 0, len(buffer)
+        stream = self._rest + data if self._rest else data
+        start, end = 0, len(stream)
         while end - start >= HEADER:
-            length = int.from_bytes(buffer[start : start + HEADER], "big")
+            payload = start + HEADER
+            length = int.from_bytes(stream[start:payload], "big")
             if length > MAX_FRAME:
                 raise ValueError(f"a frame is at most {MAX_FRAME} bytes, got one of {length}")
-            if end - start - HEADER < length:
+            if end - payload < length:
                 break
-            yield bytes(buffer[start + HEADER : start + HEADER + length])
-            start += HEADER + length
-        del buffer[:start]
+            start = payload + length
+            yield stream[payload:start]
+        self._rest = stream[start:]
 
 
 def decode_jobs(payload: bytes) -> list[Job]:

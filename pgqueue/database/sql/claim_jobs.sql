@@ -25,15 +25,17 @@ WITH taken AS (
 )
 SELECT coalesce(json_agg(json_build_array(
            id, queue, priority, position, task,
-           CASE WHEN octet_length(args_text) <= 8192 AND octet_length(kwargs_text) <= 8192 THEN args_text END,
-           CASE WHEN octet_length(args_text) <= 8192 AND octet_length(kwargs_text) <= 8192 THEN kwargs_text END,
-           CASE WHEN pg_column_size(headers) <= 2048 THEN headers::text ELSE '{}' END,
+           CASE WHEN small THEN args_text END, CASE WHEN small THEN kwargs_text END,
+           CASE WHEN small THEN headers_text ELSE '{}' END,
            attempt, retries, max_retries, crashes,
            CASE WHEN isfinite(eta) THEN extract(epoch FROM eta)::float8 END,
            coalesce(expires_at <= now(), false)
        ))::text, '[]') AS document,
        pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS xmin,
        pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS xmax
-FROM (SELECT *, CASE WHEN pg_column_size(args) <= 8192 THEN args::text END AS args_text,
-             CASE WHEN pg_column_size(kwargs) <= 8192 THEN kwargs::text END AS kwargs_text
-      FROM taken OFFSET 0) AS printed
+FROM (SELECT *, octet_length(args_text) <= 8192 AND octet_length(kwargs_text) <= 8192
+                AND octet_length(headers_text) <= 2048 AS small
+      FROM (SELECT *, CASE WHEN pg_column_size(args) <= 8192 THEN args::text END AS args_text,
+                   CASE WHEN pg_column_size(kwargs) <= 8192 THEN kwargs::text END AS kwargs_text,
+                   CASE WHEN pg_column_size(headers) <= 2048 THEN headers::text END AS headers_text
+            FROM taken OFFSET 0) AS printed OFFSET 0) AS measured
