@@ -255,7 +255,7 @@ class TestRequestOfACall:
             (
                 {"job_id": "mine"},
                 ValueError,
-                "job_id must be a UUID, got 'mine'; for a key of your own use unique_key=",
+                "job_id must be a UUID, got 'mine'; a key of your own is the unique_key of pgqueue.enqueue()",
             ),
             ({"headers": [1]}, TypeError, "headers must be a mapping, got [1]"),
             ({"headers": {"a": Decimal(1)}}, PayloadError, "headers"),
