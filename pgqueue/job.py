@@ -42,7 +42,8 @@ _UNIX_TO_UUID_MS = 80
 
 def new_id() -> str:
     """A UUIDv7 (RFC 9562): milliseconds since 1970, then 74 random bits, so ids sort by the time they were
-    made."""
+    made.
+    """
     milliseconds = time.time_ns() // 1_000_000
     random = int.from_bytes(os.urandom(10), "big")
     value = milliseconds << _UNIX_TO_UUID_MS | random & ((1 << 80) - 1)
@@ -72,7 +73,8 @@ def check_queue(queue: object) -> str:
 
 def check_task_name(name: object) -> str:
     """The task's name; ValueError if it is empty, over 255 characters, or has blanks or control
-    characters."""
+    characters.
+    """
     if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
         raise ValueError(f"a task name is 1 to 255 characters without blanks, got {name!r}")
     return name

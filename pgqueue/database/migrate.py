@@ -1,7 +1,8 @@
 """Bring a database to the schema revision this pgqueue works with, and check that it is there.
 
 All migrations of one call run in one transaction under an advisory lock, so two calls at once are safe and a
-failed one leaves nothing behind. Postgres runs DDL inside transactions."""
+failed one leaves nothing behind. Postgres runs DDL inside transactions.
+"""
 
 from __future__ import annotations
 

@@ -6,11 +6,10 @@ order. They do not share a fate: a group that fails takes the later ones with it
 the earlier ones (they are committed).
 
 Lost connection: `DatabaseUnavailable`; a group whose COMMIT was sent may or may not have happened. Every
-    statement here is
-safe to send again: acks are fenced, so a repeat finds nothing; a claim whose answer was lost leaves jobs
-    running under the
-worker's name, which `list_claimed` finds. Clock skew cannot matter: only the database's clock is compared or
-stored."""
+statement here is safe to send again: acks are fenced, so a repeat finds nothing; a claim whose answer was
+lost leaves jobs running under the worker's name, which `list_claimed` finds. Clock skew cannot matter: only
+the database's clock is compared or stored.
+"""
 
 from __future__ import annotations
 
@@ -168,7 +167,8 @@ class Link:
 
 def _is_refusal(error: psycopg.OperationalError) -> bool:
     """Errors psycopg files under Operational although the connection is fine: timeouts, deadlocks, disk
-    full."""
+    full.
+    """
     return (
         error.sqlstate is not None
         and error.sqlstate[:2] in ("40", "53", "55", "57")
@@ -178,7 +178,8 @@ def _is_refusal(error: psycopg.OperationalError) -> bool:
 
 class ClaimedJob(msgspec.Struct, array_like=True):
     """One row of a claim's answer. `args`, `kwargs`: JSON text, or None when it is too large to travel
-    along."""
+    along.
+    """
 
     id: str
     queue: str
@@ -277,7 +278,8 @@ def ack_calls(outcomes: Iterable[Outcome], now: float) -> list[tuple[Call, list[
     """The statements that record these outcomes, each with the outcomes it carries.
 
     One statement per verb, worker and attempt number (nearly always one in all): joining ids with attempts
-    would cost four times as much in the server. `now` is on the clock of `Outcome.started`."""
+    would cost four times as much in the server. `now` is on the clock of `Outcome.started`.
+    """
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for outcome in outcomes:
         how = outcome.state if outcome.verb == "finish" else outcome.kind
@@ -327,6 +329,7 @@ def _ack_call(group: list[Outcome], now: float) -> Call:
 
 def _column(values: Iterable[Any]) -> list[Any] | None:
     """The values as an array parameter; None when there is not one among them, which costs nothing to
-    send."""
+    send.
+    """
     column = list(values)
     return column if any(value is not None for value in column) else None

@@ -2,7 +2,8 @@
 built on.
 
 Functions, views, partitions and storage settings are in `migrations/`; this module declares columns, keys and
-indexes."""
+indexes.
+"""
 
 from __future__ import annotations
 

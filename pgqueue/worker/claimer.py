@@ -6,11 +6,11 @@ looks at what runs under its name, because a claim whose answer was lost may hav
 every lane from the beginning.
 
 Going to sleep, in this order: arm the wake hint and commit, look once more, wait. A producer that commits
-    later sees the
-hint and notifies; one that read "nobody sleeps" and commits within t is found by the polls, 2 ms after the
-last job, then 4, 8 …, so about t later. A worker that finds work more than two hundred times a second disarms
-the hint instead: with it every producer would pay for a NOTIFY, and polling every few milliseconds is cheaper
-for both."""
+later sees the hint and notifies; one that read "nobody sleeps" and commits within t is found by the polls,
+2 ms after the last job, then 4, 8 …, so about t later. A worker that keeps up with more than two hundred jobs
+a second disarms the hint instead: with it every producer would pay for a NOTIFY, and polling every few
+milliseconds is cheaper for both.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ FIRST_PAUSE = 0.002
 RENEW = 3.0
 """Seconds: the hint holds for ten, so two renewals may fail."""
 RUSH = 200
-"""Claims that found work, per second, above which a worker polls instead of asking to be woken."""
+"""Jobs a second above which a worker that keeps up polls instead of asking to be woken. Counted in jobs, not
+in claims: producers that wait for each other's NOTIFY are slow, and few claims would seem to find work."""
+RUSH_PAUSE = 0.003
 DISARM_INTERVAL = 1.0
 RETRY_FIRST, RETRY_MOST = 0.1, 4.0
 
@@ -97,7 +99,8 @@ class Claimer:
         self._look_again_at = 0.0
         self._armed_at: float | None = None
         self._disarmed_at = float("-inf")
-        self._finds: deque[float] = deque(maxlen=RUSH)
+        self._finds: deque[tuple[float, int]] = deque()
+        self._found = 0
         self._failures = 0
         self._finishing = False
         self.draining = False
@@ -106,8 +109,8 @@ class Claimer:
 
     @property
     def asleep(self) -> bool:
-        """There is no work, as far as this worker knows."""
-        return self._looking
+        """There is no work as far as this worker knows, and whoever makes some will say so."""
+        return self._looking and self._armed_at is not None
 
     @property
     def unacked(self) -> int:
@@ -269,7 +272,7 @@ class Claimer:
 
     def _hint(self, now: float) -> bool | None:
         """Arm the wake hint (True), disarm it (False), or leave it (None)."""
-        rushing = len(self._finds) == RUSH and now - self._finds[0] < 1.0
+        rushing = self._rushing(now)
         if rushing or not self._looking:
             if self._armed_at is not None and rushing and now - self._disarmed_at >= DISARM_INTERVAL:
                 return False
@@ -295,27 +298,31 @@ class Claimer:
             plan, [(job.queue, job.priority, job.position) for job in claim.jobs], claim.xmin, claim.xmax, now
         )
         if claim.jobs:
-            self._finds.append(now)
-            self._looking = False
+            self._finds.append((now, len(claim.jobs)))
+            self._found += len(claim.jobs)
             self._pause = FIRST_PAUSE
             self._take(self._in_order(plan, claim))
             if more and not self._dispatcher.free_slots:
                 self._share(sorted({job.queue for job in claim.jobs}))
-        elif not more:
-            self._found_nothing(plan, now)
-
-    def _found_nothing(self, plan: Plan, now: float) -> None:
-        if not self._looking:
-            # Look to the end, with the hint armed, before going to sleep.
+        if more:
+            self._looking = False
+        elif claim.jobs or not plan.to_the_end or not plan.complete:
+            # Look to the end, with the hint armed, before going to sleep; in a rush let some jobs gather.
             self._looking = True
-            self._look_again_at = now
+            self._look_again_at = now + (RUSH_PAUSE if self._rushing(now) else 0.0)
+        else:
+            self._found_nothing(now)
+
+    def _rushing(self, now: float) -> bool:
+        """Whether the last second brought so much work that being woken for each job would cost too much."""
+        while self._finds and now - self._finds[0][0] >= 1.0:
+            self._found -= self._finds.popleft()[1]
+        return self._found >= RUSH
+
+    def _found_nothing(self, now: float) -> None:
+        if self._rushing(now):
+            self._look_again_at = clock() + RUSH_PAUSE
             return
-        if not plan.complete:
-            self._look_again_at = now
-            return
-        rushing = len(self._finds) == RUSH and now - self._finds[0] < 1.0
-        if rushing:
-            self._pause = FIRST_PAUSE
         pause = min(self._pause, self._poll_interval * self._random.uniform(0.8, 1.0))
         self._look_again_at = clock() + (min(pause, RENEW) if self._armed_at is not None else pause)
         self._pause = min(self._pause * 2, self._poll_interval)
@@ -369,7 +376,8 @@ class Claimer:
 
     async def _split(self, batch: list[Outcome], why: GroupFailed) -> None:
         """An ack was refused: halve the batch until the one job at fault stands alone, and replace what it
-        stores."""
+        stores.
+        """
         if why.is_passing:
             raise why
         if len(batch) > 1:

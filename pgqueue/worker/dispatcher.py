@@ -6,8 +6,7 @@ a time, so no job waits behind a long one while another slot is free. When a chu
 back; what waits here for half a second goes back to the database, for whoever has a free slot.
 
 What a crash costs: the one job that was running in a dead executor. Nothing here talks to processes or to the
-    database; the
-clock is a parameter.
+database; the clock is a parameter.
 """
 
 from __future__ import annotations
@@ -141,7 +140,8 @@ class Dispatcher:
 
     def assign(self, now: float) -> list[tuple[Member, list[Job]]]:
         """Jobs to send, by executor. A job without arguments is alone in its list: they must be loaded
-        first."""
+        first.
+        """
         sendings: list[tuple[Member, list[Job]]] = []
         if not self._waiting:
             return sendings

@@ -115,7 +115,8 @@ class Executor:
 
 def _raised_by_task(error: BaseException, task: Task[Any, Any]) -> bool:
     """Whether the body ran: its own PayloadError (from enqueueing another job, say) is an ordinary
-    failure."""
+    failure.
+    """
     code = getattr(task.function, "__code__", None)
     return any(step.f_code is code for step, _ in traceback.walk_tb(error.__traceback__))
 

@@ -5,8 +5,7 @@ its supervisor, and its children with it (on Linux the kernel sees to both; else
 their channel).
 
 Talks over one socket: each request is a four-byte index with two descriptors, the executor's channel and its
-    board; the
-answers are frames of `wire`.
+board; the answers are frames of `wire`.
 """
 
 from __future__ import annotations

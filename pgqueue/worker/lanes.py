@@ -7,7 +7,8 @@ would walk over all of them.
 
 Transactions commit in another order than they take positions, so a row may appear behind the leading cursor
 at any time. The trailing cursor bounds where: it stays at a position until no transaction that could still
-show an earlier one is open. When the leader reaches p, `pg_snapshot_xmax` of that moment is noted; once a
+show an earlier one is open. When the leader reaches p, the id of the claim's own transaction is noted, above
+which nobody was writing yet (`pg_snapshot_xmax` would be too low: it is above those that have ended); once a
 later snapshot's `xmin` has reached it, everything up to p that will ever be is visible, and a look through it
 settles the matter. (An insert takes its transaction id after its position, so one may slip through a gap of
 microseconds: the full sweep, every few seconds, finds it.)
@@ -92,7 +93,8 @@ class Lane(Cursor):
 
     def window(self, now: float) -> tuple[float, float] | None:
         """The next stretch behind the leader to look through, or None if there is none or it is not time
-        yet."""
+        yet.
+        """
         if self.trailer >= self.leader or now < self.next_scan:
             return None
         # A round ends where the leader was when it began: otherwise it would run after the leader of a busy
@@ -143,7 +145,8 @@ class Lanes:
 
     `weights` maps each queue to its weight; None serves the queues strictly in their order. With weights the
     order of the queues is drawn anew for each claim, and one queue's share of a batch is capped by its
-    weight."""
+    weight.
+    """
 
     def __init__(self, queues: Iterable[str], weights: Mapping[str, float] | None, random: Random) -> None:
         self._weights = dict(weights) if weights is not None else None
@@ -167,7 +170,8 @@ class Lanes:
 
     def forget_sweeps(self) -> None:
         """Sweep every lane with the next claim: on every new connection, a promoted replica's sequence may be
-        behind."""
+        behind.
+        """
         for lanes in self._lanes.values():
             for lane in lanes:
                 lane.swept = float("-inf")

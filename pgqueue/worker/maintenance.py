@@ -5,13 +5,12 @@ Every worker does all of it. Each act is idempotent and safe for any number of w
 leader.
 
 Liveness is judged by silence, not by time stamps: a worker is silent when this observer has read the same
-    heartbeat counter
-for the whole lease on its own boot clock, while its own reads kept succeeding. When the database was away, or
-the observer was stopped, everybody looks silent, so the watch starts anew. Rescue never asks how long a job
-has run.
+heartbeat counter for the whole lease on its own boot clock, while its own reads kept succeeding. When the
+database was away, or the observer was stopped, everybody looks silent, so the watch starts anew. Rescue never
+asks how long a job has run.
 
 Crash between any two statements: nothing is half done, each is one transaction; the next pass of any worker
-    goes on.
+goes on.
 """
 
 from __future__ import annotations
@@ -332,7 +331,8 @@ class Maintenance:
 
     def _running_changed(self, now: float) -> bool:
         """Whether the jobs known to be running differ from what the last heartbeat said, at most once a
-        second."""
+        second.
+        """
         if now < self._heartbeat.at - self._config.heartbeat + RUNNING_INTERVAL:
             return False
         return self._dispatcher.running_for(RUNNING_AFTER, now) != self._last_running

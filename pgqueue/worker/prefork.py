@@ -1,7 +1,8 @@
 """The processes of a worker: its fork server and its executors, as sockets and exit statuses.
 
 Executors are children of the fork server, which reaps them and reports how they ended. An executor's death is
-handed on only after all it had sent has been read: results that were on their way count."""
+handed on only after all it had sent has been read: results that were on their way count.
+"""
 
 from __future__ import annotations
 
@@ -167,7 +168,8 @@ class Prefork:
 
     async def stop(self) -> None:
         """Close everything; waits for the fork server to leave, and with it whoever is left of its
-        children."""
+        children.
+        """
         for line in list(self._lines.values()):
             self.kill(line.member)
             self._close(line)

@@ -11,7 +11,8 @@ kept until it is back.
 
 Signals set a flag and wake the loop; the loop acts. SIGTERM or SIGINT: stop claiming, give back what has not
 started, let running jobs finish for `shutdown_timeout`, then kill them and give them back too. A second
-signal does not wait."""
+signal does not wait.
+"""
 
 from __future__ import annotations
 

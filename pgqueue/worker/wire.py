@@ -7,7 +7,8 @@ The board is 32 bytes of shared memory per executor. The executor writes the num
 supervisor reads it, so a crash costs only the job that was running and a stall is seen without asking. To
 take jobs back, the supervisor writes a range of numbers that must not start any more. Each side writes its
 own cell before it reads the other's: either the executor sees the range, or the supervisor sees that the job
-has started. Nobody has to answer, so jobs come back even from an executor that is stuck in C code."""
+has started. Nobody has to answer, so jobs come back even from an executor that is stuck in C code.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ else:
 
 class Job(msgspec.Struct, array_like=True):
     """One job for an executor. `number` grows by one with each job sent to it; `args` and `kwargs` are JSON
-    text."""
+    text.
+    """
 
     number: int
     id: str
@@ -229,8 +231,7 @@ class Board:
         not.
 
         Numbers between the job that was running and the one returned may have started: they stay with the
-            executor,
-        which reports them as skipped if they had not.
+        executor, which reports them as skipped if they had not.
         """
         cells = self._cells
         before = cells[self._STARTED]

@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -41,7 +41,7 @@ class Hot:
 
     parameters: dict[str, Any]
     # For each index it may use, the columns that must bound the scan.
-    indexes: dict[str, tuple[str, ...]]
+    indexes: Mapping[str, tuple[str, ...]]
 
 
 FENCE = {"attempt": 1, "worker": ME}
@@ -268,7 +268,7 @@ def nodes(plan: Plan) -> Iterator[Plan]:
         yield from nodes(child)
 
 
-def complaints(plan: Plan, indexes: dict[str, tuple[str, ...]]) -> list[str]:
+def complaints(plan: Plan, indexes: Mapping[str, tuple[str, ...]]) -> list[str]:
     """What is wrong with the way a plan reaches `jobs`."""
     found: list[str] = []
     for node in nodes(plan):
@@ -423,4 +423,4 @@ def buffers(plan: Plan, index: str) -> int:
 def rows(plan: Plan, index: str) -> int:
     """Rows that scans by this index found."""
     scans = [node for node in nodes(plan) if node.get("Index Name") == index]
-    return round(sum(node["Actual Rows"] * node["Actual Loops"] for node in scans))
+    return sum(round(node["Actual Rows"] * node["Actual Loops"]) for node in scans)

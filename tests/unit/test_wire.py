@@ -93,7 +93,8 @@ def test_a_second_recall_covers_the_jobs_sent_since(boards: tuple[Board, Board])
 
 def test_a_job_that_starts_during_the_recall_stays_with_the_executor(boards: tuple[Board, Board]) -> None:
     """Every interleaving of one start with the recall's steps: the job runs, or the supervisor has it, or is
-    told."""
+    told.
+    """
     executor, supervisor = boards
     executor.start(1)
 

@@ -3,7 +3,9 @@
 -- Index: jobs_ready per lane, jobs_pkey for the update. `= ANY (ARRAY(…))` instead of a join: on a bloated table with few
 -- live rows the planner turns a join into a full scan. No ORDER BY outside: it would lock one row more than it returns.
 -- A fenced or missing worker gets nothing. Args are printed up to 8 kB a value, so 500 jobs stay under 8 MiB; NULL means
--- fetch them with load_payload. Always one row; xmin and xmax are of the snapshot that looked.
+-- fetch them with load_payload. Always one row; xmin is of the snapshot that looked. xmax: every transaction that had an id
+-- by then has a smaller one. With rows it is our own id: the snapshot's xmax is only one above the last id that has *ended*,
+-- and a writer that began later but took earlier positions may still be open above it.
 WITH taken AS (
     UPDATE {schema}.jobs
     SET state = 'running', attempt = attempt + 1, worker_id = %(worker)s::text, claimed_at = now()
@@ -32,7 +34,7 @@ SELECT coalesce(json_agg(json_build_array(
            coalesce(expires_at <= now(), false)
        ))::text, '[]') AS document,
        pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS xmin,
-       pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS xmax
+       coalesce(pg_current_xact_id_if_assigned(), pg_snapshot_xmax(pg_current_snapshot()))::text::bigint AS xmax
 FROM (SELECT *, octet_length(args_text) <= 8192 AND octet_length(kwargs_text) <= 8192
                 AND octet_length(headers_text) <= 2048 AS small
       FROM (SELECT *, CASE WHEN pg_column_size(args) <= 8192 THEN args::text END AS args_text,

@@ -3,7 +3,7 @@
 -- Locks: the rows it promotes; rows that others hold are skipped. Index: jobs_scheduled, jobs_pkey.
 -- now() and not clock_timestamp(): a volatile bound is a filter to the planner, and the scan would read every job that is
 -- scheduled for later to find that it is not due.
--- Always one row: how many, their queues, the last eta, and the snapshot's xmin and xmax. `now` moves the clock in tests.
+-- Always one row: how many, their queues, the last eta, xmin and xmax as in claim_jobs. `now` moves the clock in tests.
 WITH picked AS MATERIALIZED (
     SELECT ARRAY(
         SELECT id FROM {schema}.jobs
@@ -21,5 +21,5 @@ WITH picked AS MATERIALIZED (
 SELECT count(*) AS promoted, coalesce(array_agg(DISTINCT queue), '{}') AS queues,
        coalesce(extract(epoch FROM max(eta)), 0)::float8 AS last_eta,
        pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS xmin,
-       pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS xmax
+       coalesce(pg_current_xact_id_if_assigned(), pg_snapshot_xmax(pg_current_snapshot()))::text::bigint AS xmax
 FROM due
