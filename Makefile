@@ -35,6 +35,8 @@ demo: install ## run the example shop on an embedded Postgres (ORDERS=200)
 .PHONY: test
 test: install check ## install, check, and run every test; what CI runs
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "a worker against the bare SQL loop, as a ratio:"
+	@$(BIN)/python benchmarks/drain.py --only drain --jobs 20000 --runs 3 --check 0.15
 
 .PHONY: check
 check: lint types imports ## lint, types and the import rules
