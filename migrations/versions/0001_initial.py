@@ -51,6 +51,9 @@ CREATE TABLE {schema}.jobs (
     CONSTRAINT jobs_state_known CHECK (state IN ('scheduled', 'ready', 'running')),
     CONSTRAINT jobs_scheduled_has_eta CHECK (state <> 'scheduled' OR eta IS NOT NULL),
     CONSTRAINT jobs_priority_range CHECK (priority BETWEEN 0 AND 9),
+    -- Room to count on: one row that cannot be counted up would fail the claim of its whole lane.
+    CONSTRAINT jobs_counts_range CHECK (attempt BETWEEN 0 AND 1000000000 AND retries BETWEEN 0 AND 1000000000
+        AND crashes BETWEEN 0 AND 1000000000 AND rescues BETWEEN 0 AND 1000000000),
     CONSTRAINT jobs_queue_length CHECK (length(queue) BETWEEN 1 AND 63),
     CONSTRAINT jobs_payload_size CHECK (pg_column_size(args) + pg_column_size(kwargs) + pg_column_size(headers) <= 16777216)
 ) WITH (
@@ -411,7 +414,7 @@ BEGIN
             EXECUTE format('DROP TABLE {schema}.%I', child);
             dropped := dropped + 1;
         EXCEPTION WHEN lock_not_available OR undefined_table THEN
-            NULL;  -- somebody reads it; the next pass tries again
+            EXIT;  -- somebody reads it: the next pass tries again, acks must not wait for one after the other
         END;
     END LOOP;
     DELETE FROM finished_jobs_default WHERE finished_at <= now() - finished_age;

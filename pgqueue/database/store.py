@@ -162,7 +162,18 @@ class Link:
         except psycopg.Error:
             await self.close()
         message = f"{error.sqlstate or 'error'}: {one_line(error)}"
-        return GroupFailed(message, sqlstate=error.sqlstate, group=committed, rows=rows)
+        return GroupFailed(message, sqlstate=_sqlstate(error), group=committed, rows=rows)
+
+
+def _sqlstate(error: psycopg.Error) -> str | None:
+    """The error's code; a row that met the making of its partition counts as a conflict: repeated, it fits.
+
+    That refusal shares its code with CHECK constraints, but names none (ExecPartitionCheckEmitError in
+    execMain.c).
+    """
+    if error.sqlstate == "23514" and error.diag.constraint_name is None:
+        return "40001"
+    return error.sqlstate
 
 
 def _is_refusal(error: psycopg.OperationalError) -> bool:

@@ -147,6 +147,8 @@ class Dispatcher:
             return sendings
         # Idle executors first: topping up a busy one must not leave another without work.
         for member in sorted(self._usable(), key=lambda member: len(member.in_flight)):
+            if self._is_stuck(member, now):
+                continue
             chunk = self._chunk(member)
             if chunk:
                 if not member.in_flight:
@@ -235,7 +237,7 @@ class Dispatcher:
             started = member.board.started
             if started != member.progress[0]:
                 member.progress = (started, now)
-            elif now - member.progress[1] >= STALL and len(member.in_flight) > 1:
+            elif len(member.in_flight) > 1 and self._is_stuck(member, now):
                 self._recall(member)
                 running = member.in_flight.get(started)
                 if running is not None:
@@ -246,6 +248,10 @@ class Dispatcher:
         for member in self.members.values():
             if member.in_flight:
                 self._recall(member)
+
+    def drop_waiting(self, worker: str) -> None:
+        """Forget what waits here under a name that was fenced: others take it back."""
+        self._waiting = deque(job for job in self._waiting if job.worker != worker)
 
     def release_waiting(self) -> None:
         """Give everything that waits here back to the database."""
@@ -269,6 +275,12 @@ class Dispatcher:
             if started in member.in_flight and now - member.progress[1] >= seconds:
                 found.append(member.in_flight[started].id)
         return found
+
+    @staticmethod
+    def _is_stuck(member: Member, now: float) -> bool:
+        """Whether its current job has been running for longer than one of a chunk should."""
+        started, since = member.progress
+        return bool(member.in_flight) and member.board.started == started and now - since >= STALL
 
     def _usable(self) -> list[Member]:
         return [member for member in self.members.values() if member.ready and not member.retiring]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pgqueue.codec import clean_text, encode_result
-from pgqueue.errors import PayloadError, Signal, UnknownTask
+from pgqueue.errors import PayloadError, Retry, UnknownTask
 from pgqueue.retry import Again
 from pgqueue.task import Request
 from pgqueue.worker.wire import (
@@ -102,14 +102,20 @@ class Executor:
         decision = task.policy.decide(
             error, retries=job.retries, max_retries=job.max_retries, random=self._random
         )
-        cause = getattr(error, "cause", None) if isinstance(error, Signal) else None
-        shown = cause if isinstance(cause, BaseException) else error
+        shown = error
+        if isinstance(error, Retry) and error.cause is not None:
+            shown = error.cause
+            if (
+                shown.__traceback__ is None
+            ):  # made for self.retry(exc=…): show where, and what was being handled
+                shown = shown.with_traceback(error.__traceback__)
+                shown.__context__ = shown.__context__ or error.__context__
         if not isinstance(decision, Again):
             return _dead(job, started, shown, decision.reason, dead_letter_queue)
         failed = _dead(job, started, shown, "not_retryable", dead_letter_queue)
         failed.reason = ""
         failed.delay = decision.delay
-        failed.max_retries = getattr(error, "max_retries", None) if isinstance(error, Signal) else None
+        failed.max_retries = error.max_retries if isinstance(error, Retry) else None
         return failed
 
 

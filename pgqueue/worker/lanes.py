@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-END = 2**63 - 1
+START, END = -(2**63), 2**63 - 1
 WINDOW = 10_000
 """Positions a trailing scan looks through at most: with every one of them a dead index entry that is about 2
 ms."""
@@ -193,7 +193,7 @@ class Lanes:
             for lane in self._lanes[queue]:
                 most = min(batch, cap[queue])
                 if now - lane.swept >= SWEEP_INTERVAL:
-                    ranges.append(Range(lane, 0, END, most))
+                    ranges.append(Range(lane, START, END, most))
                 elif to_the_end:
                     ranges.append(Range(lane, lane.trailer, END, most))
                 else:
@@ -250,13 +250,13 @@ class Lanes:
                 lane.rewind(top)
             lane.lead(top, xmax)
             lane.covered(stretch.after, top, xmin)
-            if stretch.after == 0:
+            if stretch.after == START:
                 lane.swept = now  # the rest of the sweep goes on from the leader
             return
         if top is not None:
             lane.lead(top, xmax)
         lane.covered(stretch.after, stretch.upto, xmin)
-        if stretch.after == 0 and stretch.upto == END:
+        if stretch.after == START and stretch.upto == END:
             lane.swept = now
         elif stretch.upto != END:
             lane.scanned = stretch.upto

@@ -358,5 +358,6 @@ class Maintenance:
         """This worker was fenced: its old claims are others' now, its next ones need a fresh name."""
         old = self._identity.id
         new = self._identity.renew()
+        self._dispatcher.drop_waiting(old)
         log.warning("worker_was_fenced id=%s new=%s", old, new)
         await self._link.run([self._registration(new)])

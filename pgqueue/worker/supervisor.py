@@ -161,7 +161,9 @@ class Supervisor:
             self._claimer.finish()
             for each in loops:
                 each.cancel()
-            await asyncio.wait([*loops, claiming], timeout=5)
+            await asyncio.wait([*loops, claiming], timeout=1)
+            claiming.cancel()  # a database that is away keeps it busy
+            await asyncio.gather(*loops, claiming, return_exceptions=True)
             if self._failure is not None:
                 raise self._failure
             await self._leave(deadline)
@@ -355,7 +357,7 @@ class Supervisor:
     async def _leave(self, deadline: float) -> None:
         """Ack what is left and sign off; a database that is away now finds it all by itself later."""
         try:
-            async with asyncio.timeout(max(5.0, deadline - clock())):
+            async with asyncio.timeout(max(3.0, deadline - clock())):
                 self._dispatcher.release_waiting()
                 await self._claimer.flush()
                 await self._maintenance.deregister()

@@ -223,6 +223,6 @@ def test_an_id_in_another_spelling(db: str, app: PgQueue, note: Any, spelling: A
 
 def test_an_id_that_is_none(app: PgQueue) -> None:
     with pytest.raises(
-        ValueError, match="job_id must be a UUID, got 'mine'; for a key of your own use unique_key="
+        ValueError, match="job_id must be a UUID, got 'mine'; a key of your own is the unique_key of"
     ):
         app.AsyncResult("mine")

@@ -258,3 +258,26 @@ def test_a_slower_run_counts_at_once_and_a_faster_one_slowly() -> None:
     assert pace.expect("task") > 1.0  # type: ignore[operator]
     pace.observe("task", 0.001)
     assert pace.expect("task") > 1.0  # type: ignore[operator]
+
+
+def test_a_stuck_executor_is_not_topped_up(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(1)
+    teach(dispatcher, "fast", 0.00002)
+    dispatcher.add([claimed("fast") for _ in range(10)], 0.0)
+    sent(dispatcher, 0.0)
+    member = dispatcher.members[1]
+    member.board.start(1)
+    dispatcher.take_back_stalled(1.0)
+    dispatcher.take_back_stalled(1.0 + STALL)
+    teach(dispatcher, "fast", 0.00002)
+    dispatcher.add([claimed("fast") for _ in range(200)], 1.0)
+    assert sent(dispatcher, 1.0 + 2 * STALL) == {}
+
+
+def test_what_waits_under_a_fenced_name_is_dropped(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(0)
+    mine, old = claimed(), claimed()
+    old.worker = "former"
+    dispatcher.add([old, mine], 0.0)
+    dispatcher.drop_waiting("former")
+    assert dispatcher.holds == {mine.id}

@@ -150,9 +150,10 @@ def test_every_lane_is_swept_from_the_beginning_every_few_seconds() -> None:
     lanes, table = strict("q"), Table()
     table.insert(count=5)
     served(lanes, table, 0.0)
-    table.ready.add(("q", 5, 1))  # a row the cursors cannot know of, as from a promoted replica's sequence
+    # Rows the cursors cannot know of: from a promoted replica's sequence, and written by hand.
+    table.ready.update({("q", 5, 1), ("q", 5, -7)})
     assert served(lanes, table, SWEEP_INTERVAL - 0.1) == []
-    assert served(lanes, table, SWEEP_INTERVAL + 0.1) == [1]
+    assert served(lanes, table, SWEEP_INTERVAL + 0.1) == [-7, 1]
 
 
 def test_a_sweep_that_fills_a_batch_goes_on_from_there_and_is_not_repeated() -> None:

@@ -1,4 +1,4 @@
--- Make due jobs ready, in order of eta, beyond the eta cursor. Their new positions are drawn in that order beforehand: the
+-- Make due jobs ready, in order of eta, from the eta cursor on. Their new positions are drawn in that order beforehand: the
 -- UPDATE comes to the rows in order of id.
 -- Locks: the rows it promotes; rows that others hold are skipped. Index: jobs_scheduled, jobs_pkey.
 -- now() and not clock_timestamp(): a volatile bound is a filter to the planner, and the scan would read every job that is
@@ -7,7 +7,7 @@
 WITH picked AS MATERIALIZED (
     SELECT ARRAY(
         SELECT id FROM {schema}.jobs
-        WHERE state = 'scheduled' AND eta > to_timestamp(%(after)s::float8) AND eta <= coalesce(%(now)s::timestamptz, now())
+        WHERE state = 'scheduled' AND eta >= to_timestamp(%(after)s::float8) AND eta <= coalesce(%(now)s::timestamptz, now())
         ORDER BY eta LIMIT %(batch)s::integer FOR UPDATE SKIP LOCKED
     ) AS ids
 ), placed AS MATERIALIZED (
