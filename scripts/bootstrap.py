@@ -161,7 +161,13 @@ def read(path: Path) -> str | None:
 
 def venv_works() -> bool:
     code = "import sys; sys.exit(sys.version_info < (3, 11))"
-    return PYTHON.exists() and quiet([str(PYTHON), "-I", "-S", "-c", code])
+    return PYTHON.exists() and not venv_was_moved() and quiet([str(PYTHON), "-I", "-S", "-c", code])
+
+
+def venv_was_moved() -> bool:
+    """Its Python would still run, but its commands name the Python of the place where it was made."""
+    made = re.search(r"^command\s*=\s*(.+)$", read(VENV / "pyvenv.cfg") or "", re.MULTILINE)
+    return made is not None and not made[1].endswith(str(VENV))
 
 
 def venv_home() -> str | None:
