@@ -110,9 +110,10 @@ class PgQueue:
             self._defaults = MappingProxyType(dict(options["task_defaults"]))
         if "task_routes" in options:
             self._routes = _checked_routes(options["task_routes"])
-        settings = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
-        Config.load({}, **settings)  # complain now, not at the first use
-        self._settings |= {name: value for name, value in settings.items() if value is not None}
+        given = {n: value for n, value in options.items() if n not in _OWN_OPTIONS and value is not None}
+        settings = {**self._settings, **given}
+        Config.load(os.environ, **settings)  # complain now, not at the first use
+        self._settings = settings
 
     @cached_property
     def config(self) -> Config:

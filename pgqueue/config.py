@@ -21,6 +21,8 @@ LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _HEARTBEAT: Final = 5.0
 _LEASE: Final = 30.0
 _MOST: Final = 1e9
+LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
 _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,47}")
 _MASK = "***"
 # From the first colon after `//` to the last `@`: a password may itself hold an unescaped `@` or `/`.

@@ -9,10 +9,8 @@ import click
 
 from pgqueue import __version__
 from pgqueue.cli.context import Context
-from pgqueue.config import LOG_LEVELS, Config
+from pgqueue.config import LOG_FORMAT, LOG_LEVELS
 from pgqueue.job import check_queue
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def parse_queues(text: str | None) -> tuple[list[str], dict[str, float] | None]:
@@ -107,12 +105,8 @@ def worker(
         "shutdown_timeout": shutdown_timeout,
         "max_crashes": max_crashes,
     }
-    # Wrong flags are reported before anything starts; what the application sets is checked when it is
-    # imported.
-    Config.load({}, **flags)
     logging.basicConfig(level=(loglevel or "INFO").upper(), format=LOG_FORMAT)
-    logging.getLogger("psycopg").setLevel(
-        logging.ERROR
-    )  # it warns of each connection we have reported already
+    # It warns of each lost connection, which we have reported already.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
     finished = run_worker(context.target, version=__version__, flags=flags, queues=names, weights=weights)
     return 0 if finished else 3

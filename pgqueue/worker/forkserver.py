@@ -27,13 +27,12 @@ from dataclasses import asdict
 import msgspec
 
 from pgqueue.app import PgQueue, load_app
+from pgqueue.config import LOG_FORMAT
 from pgqueue.errors import PgQueueError
 from pgqueue.worker.executor import become_executor
 from pgqueue.worker.wire import Exited, Forked, Loaded, LoadFailed, TaskFacts, frame
 
 _PR_SET_PDEATHSIG = 1
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def die_with_parent(parent: int) -> None:
@@ -123,9 +122,8 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
         app.import_tasks()
         facts = {name: TaskFacts(task.dead_letter_queue) for name, task in app.tasks.items()}
         config = app.config
-        logging.basicConfig(
-            level=config.log_level, format=LOG_FORMAT
-        )  # nothing, if the application has done its own
+        # Does nothing if the application has set up its own.
+        logging.basicConfig(level=config.log_level, format=LOG_FORMAT)
     except BaseException as error:
         known = isinstance(error, PgQueueError)  # it says by itself what is wrong, and where
         message = str(error) if known else f"{type(error).__name__}: {error}"

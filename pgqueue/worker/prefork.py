@@ -247,7 +247,7 @@ class Prefork:
             if self._loaded is not None and not self._loaded.done():
                 self._loaded.set_exception(
                     WorkerError(
-                        f"cannot import {self._target}: {message.message}\n{message.traceback}".rstrip()
+                        f"cannot load {self._target}: {message.message}\n{message.traceback}".rstrip()
                     )
                 )
         elif isinstance(message, Forked):

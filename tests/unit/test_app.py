@@ -241,3 +241,15 @@ class TestRoutes:
 def test_a_task_name_to_send_is_checked() -> None:
     with pytest.raises(ValueError, match="a task name is 1 to 255 characters without blanks, got 'a b'"):
         PgQueue("tests").send_task("a b")
+
+
+def test_a_setting_is_judged_beside_those_that_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = PgQueue("shop")
+    app.configure(heartbeat=1)
+    app.configure(lease=4)  # too short for the default heartbeat, not for this one
+    assert app.config.lease == 4
+    monkeypatch.setenv("PGQUEUE_HEARTBEAT", "1")
+    PgQueue("shop").configure(lease=4)
+    monkeypatch.delenv("PGQUEUE_HEARTBEAT")
+    with pytest.raises(ConfigError, match="lease must be at least 3 times heartbeat"):
+        PgQueue("shop").configure(lease=4)
