@@ -52,8 +52,7 @@ CREATE TABLE {schema}.jobs (
     CONSTRAINT jobs_scheduled_has_eta CHECK (state <> 'scheduled' OR eta IS NOT NULL),
     CONSTRAINT jobs_priority_range CHECK (priority BETWEEN 0 AND 9),
     -- Room to count on: one row that cannot be counted up would fail the claim of its whole lane.
-    CONSTRAINT jobs_counts_range CHECK (attempt BETWEEN 0 AND 1000000000 AND retries BETWEEN 0 AND 1000000000
-        AND crashes BETWEEN 0 AND 1000000000 AND rescues BETWEEN 0 AND 1000000000),
+    CONSTRAINT jobs_counts_range CHECK (greatest(attempt, retries, crashes, rescues) <= 1000000000),
     CONSTRAINT jobs_queue_length CHECK (length(queue) BETWEEN 1 AND 63),
     CONSTRAINT jobs_payload_size CHECK (pg_column_size(args) + pg_column_size(kwargs) + pg_column_size(headers) <= 16777216)
 ) WITH (

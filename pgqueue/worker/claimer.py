@@ -236,7 +236,7 @@ class Claimer:
         dispatcher.outcomes = []
         self._first_outcome = None
         batch = self._acking[: 2 * CLAIM_LIMIT]
-        acks = ack_calls(batch, now)
+        acks = ack_calls(batch, clock())
         groups: list[list[Call]] = [[call for call, _ in acks]] if acks else []
         plan: Plan | None = None
         hint: bool | None = None

@@ -38,7 +38,7 @@ class TestExecutors:
         self, jobs: Jobs, workers: Workers, ledger: Ledger, gate: Gate
     ) -> None:
         worker = workers.start("-c", "2")
-        before = {each.pid for each in worker.executors}
+        before = {each.pid for each in settled(worker, 2)}
         victim, other = jobs.add_many("gated", [(gate.path, "victim"), (gate.path, "other")])
         eventually(lambda: ledger.count() == 2, "both run")
         (note,) = ledger.of(victim)
@@ -180,7 +180,7 @@ class TestForkServer:
         worker = workers.start("-c", "4")
         held = jobs.add_many("gated", [(gate.path, index) for index in range(2)])
         eventually(lambda: ledger.count() == 2, "both run")
-        first, old = worker.fork_server, worker.executors
+        first, old = worker.fork_server, settled(worker, 4)
         first.kill()
         worker.wait_for_log("fork_server_lost")
         gone(old)

@@ -263,6 +263,16 @@ class Worker:
     def executors(self) -> list[psutil.Process]:
         return living(self.fork_server.children())
 
+    def full_crew(self) -> list[psutil.Process]:
+        """All its executors: a worker is started when it has asked for them, they follow within moments."""
+        count = int(self.wait_for_log(r"worker_started .* concurrency=(\d+)").group(1))
+
+        def look() -> list[psutil.Process]:
+            found = self.executors
+            return found if len(found) == count else []
+
+        return eventually(look, f"{count} executors")
+
     def tree(self) -> list[psutil.Process]:
         """The worker and all below it."""
         top = psutil.Process(self.pid)

@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
@@ -1538,3 +1539,15 @@ class in_thread:
         assert not self.thread.is_alive(), "the call did not return"
         if self.error is not None:
             raise self.error
+
+
+@pytest.mark.parametrize("count", ["attempt", "retries", "crashes", "rescues"])
+def test_a_row_that_could_not_be_counted_up_is_refused(connection: Connection, count: str) -> None:
+    # Adding one to it would fail the claim of its whole lane, good jobs included.
+    with pytest.raises(psycopg.errors.CheckViolation, match="jobs_counts_range"):
+        connection.execute(
+            sql.SQL("INSERT INTO pgqueue.jobs (id, task, {}) VALUES (%s, 't', 2147483647)").format(
+                sql.Identifier(count)
+            ),
+            [str(uuid4())],
+        )

@@ -3,7 +3,7 @@
 -- planner off jobs_running: with statistics from a moment when nothing ran, it takes that index for empty and walks all of
 -- it, dead entries included, instead of looking up the ids.
 -- One row: how many ended, and, when some were stale, the ids of those that did end.
--- Times are seconds before now, so that only the database's clock is ever stored.
+-- Times are seconds before now(), the arrival of BEGIN, so that only the database's clock is ever stored.
 WITH gone AS (
     DELETE FROM {schema}.jobs
     WHERE id = ANY (%(ids)s::uuid[]) AND attempt = %(attempt)s::integer AND worker_id = %(worker)s::text
@@ -15,8 +15,8 @@ WITH gone AS (
         result, result_error)
     SELECT id, %(state)s::text, queue, task, args, kwargs, priority, eta, expires_at, attempt, retries,
         crashes, rescues, worker_id, enqueued_at, enqueued_by, claimed_at,
-        CASE %(state)s::text WHEN 'succeeded' THEN clock_timestamp() - (%(started_ago)s::float8[])[nth] * interval '1 second' END,
-        clock_timestamp() - (%(finished_ago)s::float8[])[nth] * interval '1 second', unique_key, headers,
+        CASE %(state)s::text WHEN 'succeeded' THEN now() - (%(started_ago)s::float8[])[nth] * interval '1 second' END,
+        now() - (%(finished_ago)s::float8[])[nth] * interval '1 second', unique_key, headers,
         (%(results)s::text[])[nth]::jsonb, (%(result_errors)s::text[])[nth]
     FROM gone
 )
