@@ -9,7 +9,7 @@ import click
 
 from pgqueue import __version__
 from pgqueue.cli.context import Context
-from pgqueue.config import LOG_FORMAT, LOG_LEVELS
+from pgqueue.config import LOG_FORMAT, LOG_LEVELS, Config
 from pgqueue.job import check_queue
 
 
@@ -105,6 +105,10 @@ def worker(
         "shutdown_timeout": shutdown_timeout,
         "max_crashes": max_crashes,
     }
+    # What flags alone show to be wrong is reported before anything starts. Heartbeat and lease are judged
+    # together: one of them alone may fit what the application sets, which is known when it is imported.
+    alone = (heartbeat is None) != (lease is None)
+    Config.load({}, **{**flags, "heartbeat": None, "lease": None} if alone else flags)
     logging.basicConfig(level=(loglevel or "INFO").upper(), format=LOG_FORMAT)
     # It warns of each lost connection, which we have reported already.
     logging.getLogger("psycopg").setLevel(logging.ERROR)
