@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from random import Random
 from typing import Any, Final
 
 from pgqueue.errors import ConfigError, DatabaseUnavailable
@@ -17,6 +18,16 @@ CONNECT_OPTIONS: Final[Mapping[str, Any]] = {
     "tcp_user_timeout": 4000,
 }
 """A silent network is noticed within about four seconds, instead of a quarter of an hour."""
+
+
+RETRY_FIRST, RETRY_MOST = 0.1, 4.0
+"""Seconds between attempts to get a lost connection back."""
+
+
+def retry_delay(failures: int, random: Random, most: float = RETRY_MOST) -> float:
+    """Seconds to wait after so many failures in a row: doubled each time, capped, with jitter."""
+    doubled: float = RETRY_FIRST * 2 ** min(failures, 10)
+    return min(most, doubled) * random.uniform(0.5, 1.0)
 
 
 def connect_options(dsn: str, **ours: Any) -> dict[str, Any]:

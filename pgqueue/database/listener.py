@@ -10,12 +10,10 @@ from random import Random
 import psycopg
 from psycopg import sql
 
-from pgqueue.database.dsn import connect_options, one_line
+from pgqueue.database.dsn import connect_options, one_line, retry_delay
 from pgqueue.errors import DatabaseUnavailable
 
 log = logging.getLogger("pgqueue.worker")
-
-RETRY_FIRST, RETRY_MOST = 0.1, 4.0
 
 
 class Listener:
@@ -63,5 +61,4 @@ class Listener:
                 failures += 1
                 if failures == 1:
                     log.warning("database_unavailable connection=listen error=%s", one_line(error))
-                delay = min(RETRY_MOST, RETRY_FIRST * 2 ** min(failures, 10))
-                await asyncio.sleep(delay * self._random.uniform(0.5, 1.0))
+                await asyncio.sleep(retry_delay(failures, self._random))

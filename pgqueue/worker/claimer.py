@@ -22,6 +22,7 @@ from random import Random
 
 import msgspec
 
+from pgqueue.database.dsn import retry_delay
 from pgqueue.database.store import (
     CLAIM_LIMIT,
     Call,
@@ -52,7 +53,6 @@ RUSH = 200
 in claims: producers that wait for each other's NOTIFY are slow, and few claims would seem to find work."""
 RUSH_PAUSE = 0.003
 DISARM_INTERVAL = 1.0
-RETRY_FIRST, RETRY_MOST = 0.1, 4.0
 
 
 class Claimer:
@@ -149,9 +149,7 @@ class Claimer:
                 if self._failures:
                     log.info("database_back connection=claim failures=%d", self._failures)
                 self._failures = 0
-            except DatabaseUnavailable as error:
-                await self._back_off(str(error))
-            except GroupFailed as error:
+            except (DatabaseUnavailable, GroupFailed) as error:
                 await self._back_off(str(error))
 
     async def run_once(self) -> None:
@@ -417,5 +415,4 @@ class Claimer:
         self._failures += 1
         if self._failures == 1:
             log.warning("database_unavailable connection=claim error=%s", why)
-        delay = min(RETRY_MOST, RETRY_FIRST * 2 ** min(self._failures, 10))
-        await asyncio.sleep(delay * self._random.uniform(0.5, 1.0))
+        await asyncio.sleep(retry_delay(self._failures, self._random))

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from random import Random
 
 from pgqueue.config import Config
+from pgqueue.database.dsn import RETRY_MOST, retry_delay
 from pgqueue.database.store import Call, GroupFailed, Link
 from pgqueue.errors import DatabaseUnavailable
-from pgqueue.worker.claimer import RENEW, RETRY_FIRST, RETRY_MOST
+from pgqueue.worker.claimer import RENEW
 from pgqueue.worker.dispatcher import Dispatcher
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Cursor
@@ -177,8 +178,7 @@ class Maintenance:
                     log.warning("database_unavailable connection=maintenance error=%s", error)
                 # Within a heartbeat: whoever is back first must not take the others for silent.
                 most = min(RETRY_MOST, self._config.heartbeat)
-                delay = min(most, RETRY_FIRST * 2 ** min(self._failures, 10))
-                await asyncio.sleep(delay * self._random.uniform(0.5, 1.0))
+                await asyncio.sleep(retry_delay(self._failures, self._random, most))
                 continue
             self._event.clear()
             due = min(
