@@ -53,6 +53,9 @@ CREATE TABLE {schema}.jobs (
     CONSTRAINT jobs_priority_range CHECK (priority BETWEEN 0 AND 9),
     -- Room to count on: one row that cannot be counted up would fail the claim of its whole lane.
     CONSTRAINT jobs_counts_range CHECK (greatest(attempt, retries, crashes, rescues) <= 1000000000),
+    -- What lanes can count on, beyond what the sequence will ever give: the cursors start below and end above.
+    CONSTRAINT jobs_position_range CHECK (position BETWEEN 0 AND 4611686018427387903),
+    CONSTRAINT jobs_worker_named CHECK (worker_id <> ''),
     CONSTRAINT jobs_queue_length CHECK (length(queue) BETWEEN 1 AND 63),
     CONSTRAINT jobs_payload_size CHECK (pg_column_size(args) + pg_column_size(kwargs) + pg_column_size(headers) <= 16777216)
 ) WITH (
@@ -203,14 +206,30 @@ CREATE FUNCTION {schema}.id_floor(id uuid) RETURNS timestamptz LANGUAGE sql IMMU
 $$;
 COMMENT ON FUNCTION {schema}.id_floor(uuid) IS 'Earliest finished_at a job with this id can have';
 
+-- Commits that notify take turns, in the whole cluster: one that hangs (its server process is frozen, or it waits for a
+-- synchronous standby) would stop every enqueue behind it. Who sleeps then is not notified, and looks for itself.
+CREATE FUNCTION {schema}.notify_is_stuck() RETURNS boolean LANGUAGE sql VOLATILE SET search_path = pg_catalog AS $$
+    SELECT EXISTS (
+        SELECT FROM pg_locks
+        WHERE locktype = 'object' AND database = 0 AND classid = 'pg_database'::regclass AND objid = 0 AND NOT granted
+          AND waitstart < clock_timestamp() - interval '0.2 seconds'
+    )
+$$;
+COMMENT ON FUNCTION {schema}.notify_is_stuck() IS 'Whether somebody has been waiting to NOTIFY for over 0.2 s';
+
 CREATE FUNCTION {schema}.wake_workers(queues text[], eta timestamptz DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
+DECLARE
+    sleepers text[];
 BEGIN
-    PERFORM pg_notify('{channel}', w.queue) FROM wake w
+    SELECT array_agg(w.queue) INTO sleepers FROM wake w
     WHERE w.queue = ANY (wake_workers.queues)
       AND w.wake_until BETWEEN clock_timestamp() AND clock_timestamp() + interval '10 seconds'
       AND (wake_workers.eta IS NULL OR wake_workers.eta < w.next_eta)
       AND pg_notification_queue_usage() < 0.5;
+    IF sleepers IS NOT NULL AND NOT notify_is_stuck() THEN
+        PERFORM pg_notify('{channel}', name) FROM unnest(sleepers) AS name;
+    END IF;
 END $$;
 COMMENT ON FUNCTION {schema}.wake_workers(text[], timestamptz) IS
     'NOTIFY the workers that sleep on these queues; eta: only those that know of nothing earlier';
@@ -236,21 +255,24 @@ DECLARE
     repeated boolean := enqueue.job_id IS NOT NULL AND NOT enqueue.new_id;
     waits    boolean := coalesce(enqueue.eta > clock_timestamp(), false);
     existing uuid;
+    sleepers text[];
 BEGIN
     -- Looking for one wrong character is fifty times faster than matching {1,255} right ones.
     IF enqueue.task ~ '[[:cntrl:][:space:]]' OR length(enqueue.task) NOT BETWEEN 1 AND 255 OR enqueue.task IS NULL THEN
         RAISE invalid_parameter_value USING
-            MESSAGE = format('a task name is 1 to 255 characters without blanks, got %L', enqueue.task);
+            MESSAGE = format('a task name is 1 to 255 characters without blanks, got %L', left(enqueue.task, 300));
     ELSIF enqueue.queue ~ '[^A-Za-z0-9_.:-]' OR length(enqueue.queue) NOT BETWEEN 1 AND 63 OR enqueue.queue IS NULL THEN
         RAISE invalid_parameter_value USING
-            MESSAGE = format('a queue name is 1 to 63 letters, digits or ''_.:-'', got %L', enqueue.queue);
+            MESSAGE = format('a queue name is 1 to 63 letters, digits or ''_.:-'', got %L', left(enqueue.queue, 100));
     ELSIF enqueue.priority NOT BETWEEN 0 AND 9 OR enqueue.priority IS NULL THEN
         RAISE invalid_parameter_value USING
             MESSAGE = format('priority must be from 0 to 9 (larger runs first), got %L', enqueue.priority);
     ELSIF jsonb_typeof(enqueue.args) IS DISTINCT FROM 'array' OR jsonb_typeof(enqueue.kwargs) IS DISTINCT FROM 'object'
         OR jsonb_typeof(enqueue.headers) IS DISTINCT FROM 'object' THEN
         RAISE invalid_parameter_value USING
-            MESSAGE = 'args must be a JSON array, kwargs and headers JSON objects';
+            MESSAGE = format('args must be a JSON array, kwargs and headers JSON objects, got %s, %s and %s',
+                coalesce(jsonb_typeof(enqueue.args), 'NULL'), coalesce(jsonb_typeof(enqueue.kwargs), 'NULL'),
+                coalesce(jsonb_typeof(enqueue.headers), 'NULL'));
     ELSIF NOT isfinite(enqueue.eta) OR NOT isfinite(enqueue.expires_at)
         OR enqueue.eta >= '9999-01-01' OR enqueue.expires_at >= '9999-01-01' THEN
         RAISE invalid_parameter_value USING
@@ -296,11 +318,14 @@ BEGIN
         RETURN wanted;
     END IF;
 
-    PERFORM pg_notify('{channel}', w.queue) FROM wake w
+    SELECT array_agg(w.queue) INTO sleepers FROM wake w
     WHERE w.queue = enqueue.queue
       AND w.wake_until BETWEEN clock_timestamp() AND clock_timestamp() + interval '10 seconds'
       AND (NOT waits OR enqueue.eta < w.next_eta)
       AND pg_notification_queue_usage() < 0.5;
+    IF sleepers IS NOT NULL AND NOT notify_is_stuck() THEN
+        PERFORM pg_notify('{channel}', name) FROM unnest(sleepers) AS name;
+    END IF;
     RETURN wanted;
 END $$;
 COMMENT ON FUNCTION {schema}.enqueue IS 'Enqueue one job in the caller''s transaction; returns its id, or that of the job already there';
@@ -312,7 +337,43 @@ DECLARE
     inserted    uuid[];
     wake_queues text[];
     wake_eta    timestamptz;
+    wrong       text;
 BEGIN
+    IF jsonb_typeof(enqueue_many.new_jobs) IS DISTINCT FROM 'array' THEN
+        RAISE invalid_parameter_value USING
+            MESSAGE = format('new_jobs must be a JSON array of objects, got %s',
+                coalesce(jsonb_typeof(enqueue_many.new_jobs), 'NULL'));
+    END IF;
+    -- New ids are the library's, which has checked its jobs itself. One after the other: what follows a rule relies on it.
+    IF NOT enqueue_many.new_ids THEN
+        SELECT format('new_jobs[%s] %s', c.nth - 1, c.wrong) INTO wrong
+        FROM (SELECT nth, CASE
+            WHEN jsonb_typeof(job) <> 'object' THEN
+                format('must be a JSON object, got %s', jsonb_typeof(job))
+            WHEN job ->> 'id' IS NULL THEN
+                'must have an id; {schema}.uuid7() makes one'
+            WHEN job ->> 'task' ~ '[[:cntrl:][:space:]]' OR length(job ->> 'task') NOT BETWEEN 1 AND 255 OR job ->> 'task' IS NULL THEN
+                format('is wrong: a task name is 1 to 255 characters without blanks, got %L', left(job ->> 'task', 300))
+            WHEN job ->> 'queue' ~ '[^A-Za-z0-9_.:-]' OR length(job ->> 'queue') NOT BETWEEN 1 AND 63 THEN
+                format('is wrong: a queue name is 1 to 63 letters, digits or ''_.:-'', got %L', left(job ->> 'queue', 100))
+            WHEN (job ->> 'priority')::numeric NOT BETWEEN 0 AND 9 THEN
+                format('is wrong: priority must be from 0 to 9 (larger runs first), got %s', job ->> 'priority')
+            WHEN jsonb_typeof(coalesce(job -> 'args', '[]')) NOT IN ('array', 'null')
+                OR jsonb_typeof(coalesce(job -> 'kwargs', '{}')) NOT IN ('object', 'null')
+                OR jsonb_typeof(coalesce(job -> 'headers', '{}')) NOT IN ('object', 'null') THEN
+                'is wrong: args must be a JSON array, kwargs and headers JSON objects'
+            WHEN NOT isfinite((job ->> 'eta')::timestamptz) OR NOT isfinite((job ->> 'expires_at')::timestamptz)
+                OR (job ->> 'eta')::timestamptz >= '9999-01-01' OR (job ->> 'expires_at')::timestamptz >= '9999-01-01' THEN
+                format('is wrong: eta and expires_at must be before the year 9999, got %L and %L', job ->> 'eta', job ->> 'expires_at')
+            WHEN (job ->> 'max_retries')::numeric NOT BETWEEN -1 AND 2147483647 THEN
+                format('is wrong: max_retries must be at least 0, or -1 for ever, got %s', job ->> 'max_retries')
+            END AS wrong
+            FROM jsonb_array_elements(enqueue_many.new_jobs) WITH ORDINALITY AS n(job, nth)) AS c
+        WHERE c.wrong IS NOT NULL ORDER BY c.nth LIMIT 1;
+        IF wrong IS NOT NULL THEN
+            RAISE invalid_parameter_value USING MESSAGE = wrong;
+        END IF;
+    END IF;
     IF NOT enqueue_many.new_ids AND current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE feature_not_supported USING
             MESSAGE = 'ids that may have been used need a READ COMMITTED transaction, this one is '
@@ -373,6 +434,9 @@ DECLARE
     child     text;
     made      integer := 0;
 BEGIN
+    IF days NOT BETWEEN 0 AND 1000 OR days IS NULL THEN
+        RAISE invalid_parameter_value USING MESSAGE = format('days must be from 0 to 1000, got %L', days);
+    END IF;
     FOR parent, time_name IN VALUES ('finished_jobs', 'finished_at'), ('failures', 'failed_at') LOOP
         FOR day IN SELECT generate_series(current_date - 1, current_date + days, interval '1 day')::date LOOP
             child := format('%s_p%s', parent, to_char(day, 'YYYYMMDD'));
@@ -401,6 +465,11 @@ DECLARE
     child   text;
     dropped integer := 0;
 BEGIN
+    -- A negative age would drop what is to come, and all there is.
+    IF NOT (finished_age >= interval '0' AND failures_age >= interval '0') OR finished_age IS NULL OR failures_age IS NULL THEN
+        RAISE invalid_parameter_value USING
+            MESSAGE = format('finished_age and failures_age must be 0 or more, got %L and %L', finished_age, failures_age);
+    END IF;
     FOR child IN
         SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
         WHERE (i.inhparent = '{schema}.finished_jobs'::regclass AND c.relname ~ '^finished_jobs_p\d{8}$'
@@ -486,6 +555,7 @@ DROP VIEW {schema}.queue_stats, {schema}.active_jobs, {schema}.all_jobs;
 DROP FUNCTION {schema}.drop_partitions(interval, interval), {schema}.make_partitions(integer),
     {schema}.enqueue_many(jsonb, boolean), {schema}.wake_workers(text[], timestamptz), {schema}.id_floor(uuid);
 DROP FUNCTION {schema}.enqueue(text, jsonb, jsonb, text, integer, timestamptz, timestamptz, uuid, text, jsonb, integer, boolean);
+DROP FUNCTION {schema}.notify_is_stuck();
 DROP FUNCTION {schema}.uuid7();
 DROP TABLE {schema}.audit_log, {schema}.wake, {schema}.workers, {schema}.dead_letters, {schema}.failures,
     {schema}.finished_jobs, {schema}.jobs, {schema}.meta;

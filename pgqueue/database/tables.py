@@ -58,6 +58,7 @@ def metadata_for(schema: str = "pgqueue") -> MetaData:
         _column("only_row", Boolean, "true"),
         _column("install_id", Uuid, "gen_random_uuid()"),
         _column("created_at", _TIME, "now()"),
+        _column("oldest_code_revision", _WORD, "'0001'"),
         PrimaryKeyConstraint("only_row", name="meta_pkey"),
         CheckConstraint("only_row", name="meta_only_row_check"),
     )
@@ -93,6 +94,8 @@ def metadata_for(schema: str = "pgqueue") -> MetaData:
         CheckConstraint(
             "greatest(attempt, retries, crashes, rescues) <= 1000000000", name="jobs_counts_range"
         ),
+        CheckConstraint("position BETWEEN 0 AND 4611686018427387903", name="jobs_position_range"),
+        CheckConstraint("worker_id <> ''", name="jobs_worker_named"),
         CheckConstraint("length(queue) BETWEEN 1 AND 63", name="jobs_queue_length"),
         Index("jobs_ready", "queue", "priority", "position", postgresql_where=text("state = 'ready'")),
         Index("jobs_scheduled", "eta", postgresql_where=text("state = 'scheduled'")),

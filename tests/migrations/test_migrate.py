@@ -11,10 +11,12 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from pgqueue.cli.status import ExitStatus
 from pgqueue.database import migrate
 from pgqueue.errors import DatabaseError
 
 HEAD = migrate.head_revision()
+RANGE = f"{migrate.OLDEST_REVISION} to {HEAD}"
 TABLES = {"jobs", "finished_jobs", "failures", "dead_letters", "workers", "wake", "audit_log", "meta"}
 
 
@@ -145,7 +147,7 @@ def test_down_to_nothing_and_up_again(fresh_dsn: str) -> None:
     left = {name for name in schema_of(fresh_dsn) if "alembic_version" not in name}
     assert left == set()
     assert revision(fresh_dsn) is None
-    assert pgqueue(fresh_dsn, "inspect", "queues")[0] == 1
+    assert pgqueue(fresh_dsn, "inspect", "queues")[0] == ExitStatus.SCHEMA
     assert pgqueue(fresh_dsn, "migrate")[0] == 0
     assert schema_of(fresh_dsn) == before
     migrate.check_drift(fresh_dsn)
@@ -167,10 +169,11 @@ def test_a_failed_migration_leaves_nothing_behind(fresh_dsn: str) -> None:
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ("0000", f"database is at revision 0000, this pgqueue needs {HEAD}; run `pgqueue migrate`"),
+        ("0000", f"database is at revision 0000, this pgqueue works with {RANGE}; run `pgqueue migrate`"),
         (
             "9999",
-            f"database is at revision 9999, newer than this pgqueue, which needs {HEAD}; upgrade pgqueue",
+            f"database is at revision 9999 and needs a pgqueue of 9998 or newer, this one is of {HEAD};"
+            " upgrade pgqueue",
         ),
         (None, "the database has no schema 'pgqueue' of pgqueue; run `pgqueue migrate`"),
     ],
@@ -184,15 +187,16 @@ def test_on_another_revision_commands_and_workers_name_the_way_out(
         migrate.upgrade(fresh_dsn)
         with psycopg.connect(fresh_dsn, autocommit=True) as connection:
             connection.execute("update pgqueue.alembic_version set version_num = %s", [found])
+            connection.execute("update pgqueue.meta set oldest_code_revision = '9998'")
     status, out, err = pgqueue(fresh_dsn, *command, cwd=tmp_path)
-    assert (status, out) == (1, "")
+    assert (status, out) == (ExitStatus.SCHEMA, "")
     assert err.splitlines()[-1] == f"pgqueue: {message}"
 
 
 def test_a_name_that_would_need_quoting_is_refused(fresh_dsn: str) -> None:
     for name in ("Jobs", "a b", "pg_jobs", 'x"; drop table y; --'):
         status, _, err = pgqueue(fresh_dsn, "--schema", name, "migrate")
-        assert status == 1
+        assert status == ExitStatus.USAGE
         assert err.startswith("pgqueue: schema must be ")
         with pytest.raises((DatabaseError, ValueError)):
             migrate.upgrade(fresh_dsn, schema=name)
@@ -200,7 +204,7 @@ def test_a_name_that_would_need_quoting_is_refused(fresh_dsn: str) -> None:
 
 def test_without_a_server_it_is_one_line(tmp_path: Path) -> None:
     status, out, err = pgqueue("postgresql://me:s3cret@127.0.0.1:1/x", "migrate")
-    assert (status, out) == (1, "")
+    assert (status, out) == (ExitStatus.UNREACHABLE, "")
     assert err.startswith("pgqueue: cannot ")
     assert err.count("\n") == 1
     assert "s3cret" not in err
