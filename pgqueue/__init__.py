@@ -6,6 +6,7 @@ Importing this loads no database driver, no command line and no worker.
 from pgqueue.app import PgQueue
 from pgqueue.enqueue import JobOptions
 from pgqueue.errors import (
+    AppNotLoaded,
     ConfigError,
     DatabaseError,
     DatabaseUnavailable,
@@ -18,6 +19,7 @@ from pgqueue.errors import (
     JobNotFound,
     NotInTransaction,
     PayloadError,
+    PermissionDenied,
     PgQueueError,
     ResultError,
     ResultUnavailable,
@@ -35,6 +37,7 @@ from pgqueue.task import Request, Signature, Task, TaskContext
 __version__ = "0.1.0"
 
 __all__ = [
+    "AppNotLoaded",
     "AsyncResult",
     "ConfigError",
     "DatabaseError",
@@ -49,6 +52,7 @@ __all__ = [
     "JobOptions",
     "NotInTransaction",
     "PayloadError",
+    "PermissionDenied",
     "PgQueue",
     "PgQueueError",
     "Request",

@@ -9,15 +9,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
-from pgqueue.errors import ConfigError
+from pgqueue.errors import ConfigError, shown
 from pgqueue.job import DEFAULT_PRIORITY, DEFAULT_QUEUE, check_priority, check_queue
 
 PREFIX: Final = "PGQUEUE_"
 HEARTBEATS_PER_LEASE: Final = 3
 """A worker may miss two heartbeats before it counts as silent."""
 
+MAX_CONCURRENCY: Final = 1024
+"""Executors of one worker."""
+
 LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
+_POLL: Final = 5.0
+_POLL_DEAF: Final = 0.5
 _HEARTBEAT: Final = 5.0
 _LEASE: Final = 30.0
 _MOST: Final = 1e9
@@ -48,13 +53,19 @@ class Config:
     Attributes:
         dsn: Where the queue's database is: a URL or `key=value` pairs. None in a process that enqueues only
             on connections of its own.
+        listen: Whether a worker listens for notifications. Without, it polls.
+        listen_dsn: A direct connection for a worker to listen on, where `dsn` leads through a pooler that
+            hands its connections out by the transaction. None for `dsn`.
         schema: The Postgres schema that holds the queue.
-        poll_interval: How often an idle worker looks for jobs when no notification comes.
+        poll_interval: How often an idle worker looks for jobs when no notification comes. None for 5 seconds,
+            and half a second in a worker that cannot hear any.
         heartbeat: How often a worker writes that it is alive.
         lease: How long a worker may be silent before its jobs are taken back.
         shutdown_timeout: How long a worker that was asked to stop lets running jobs finish.
         concurrency: Jobs a worker runs at a time; by default one per usable CPU.
         max_crashes: Process deaths after which a job is buried.
+        health_port: Where a worker answers /live and /ready over HTTP; 0 for any free port, None for nowhere.
+        health_host: The address it does so on.
         retention_finished: How long history is kept, and with it the memory of used job ids.
         queue: Where a job goes that names no queue.
         priority: Of a job that names none; 0 to 9, larger runs first.
@@ -65,12 +76,16 @@ class Config:
 
     dsn: str | None = None
     schema: str = "pgqueue"
-    poll_interval: float = 5.0
+    listen: bool = True
+    listen_dsn: str | None = None
+    poll_interval: float | None = None
     heartbeat: float = _HEARTBEAT
     lease: float = _LEASE
     shutdown_timeout: float = 25.0
     concurrency: int = field(default_factory=usable_cpus)
     max_crashes: int = 3
+    health_port: int | None = None
+    health_host: str = "127.0.0.1"
     retention_finished: float = 7.0
     retention_failures: float = 30.0
     retention_dead_letters: float = 90.0
@@ -114,13 +129,22 @@ class Config:
     @property
     def masked_dsn(self) -> str | None:
         """The DSN without its password, for logs and messages."""
-        if self.dsn is None:
-            return None
-        return _NAMED_PASSWORD.sub(rf"\g<1>{_MASK}", _URL_PASSWORD.sub(rf"\g<1>{_MASK}@", self.dsn))
+        return _masked(self.dsn)
+
+    def poll_every(self, *, hears: bool) -> float:
+        """Seconds between an idle worker's looks; `hears`: notifications reach it."""
+        return self.poll_interval or (_POLL if hears else _POLL_DEAF)
 
     def __repr__(self) -> str:
-        shown = {each.name: getattr(self, each.name) for each in fields(self)} | {"dsn": self.masked_dsn}
+        shown = {each.name: getattr(self, each.name) for each in fields(self)}
+        shown |= {"dsn": self.masked_dsn, "listen_dsn": _masked(self.listen_dsn)}
         return f"Config({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def _masked(dsn: str | None) -> str | None:
+    if dsn is None:
+        return None
+    return _NAMED_PASSWORD.sub(rf"\g<1>{_MASK}", _URL_PASSWORD.sub(rf"\g<1>{_MASK}@", dsn))
 
 
 def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
@@ -178,33 +202,67 @@ def _meant(name: str) -> str:
 
 def _positive(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MOST:
-        raise ValueError(f"must be a number above 0 and at most {_MOST:g}, got {value!r}")
+        raise ValueError(f"must be a number above 0 and at most {_MOST:g}, got {shown(value)}")
     return float(value)
+
+
+def _positive_or_none(value: object) -> float | None:
+    return None if value is None else _positive(value)
 
 
 def _from_zero(value: object) -> float:
     return 0.0 if value == 0 and not isinstance(value, bool) else _positive(value)
 
 
-def _count(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"must be a whole number from 1, got {value!r}")
+def _count(value: object, most: int = int(_MOST)) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"must be a whole number from 1 to {most}, got {shown(value)}")
     return value
+
+
+def _concurrency(value: object) -> int:
+    return _count(value, most=MAX_CONCURRENCY)
+
+
+def _port(value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
+        raise ValueError(f"must be a whole number from 0 to 65535, got {shown(value)}")
+    return value
+
+
+def _host(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"must be an address or a name of this machine, got {shown(value)}")
+    return value.strip()
 
 
 def _dsn(value: object) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not value.strip():  # never printed: it may hold a password
-        raise ValueError(f"must be a URL or 'key=value' pairs, got {type(value).__name__}")
+        kind = "an empty text" if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"must be a URL or 'key=value' pairs, got {kind}")
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError("must be text in UTF-8 without NUL")
     return value
+
+
+def _flag(value: object) -> bool:
+    word = value.lower() if isinstance(value, str) else value
+    if word in (True, "1", "true", "yes", "on"):
+        return True
+    if word in (False, "0", "false", "no", "off"):
+        return False
+    raise ValueError(f"must be true or false, got {shown(value)}")
 
 
 def _schema(value: object) -> str:
     if not isinstance(value, str) or not _SCHEMA.fullmatch(value) or value.startswith("pg_"):
         raise ValueError(
             f"must be 1 to 48 lower-case letters, digits or '_', not starting with a digit "
-            f"or 'pg_', got {value!r}"
+            f"or 'pg_', got {shown(value)}"
         )
     return value
 
@@ -212,7 +270,7 @@ def _schema(value: object) -> str:
 def _log_level(value: object) -> str:
     level = value.upper() if isinstance(value, str) else value
     if level not in LOG_LEVELS:
-        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}, got {value!r}")
+        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}, got {shown(value)}")
     return str(level)
 
 
@@ -227,18 +285,22 @@ def _priority(value: object) -> int:
     try:
         return check_priority(value)
     except ValueError:
-        raise ValueError(f"must be a whole number from 0 to 9, got {value!r}") from None
+        raise ValueError(f"must be a whole number from 0 to 9, got {shown(value)}") from None
 
 
 _RULES: Final[dict[str, Callable[[object], Any]]] = {
     "dsn": _dsn,
     "schema": _schema,
-    "poll_interval": _positive,
+    "listen": _flag,
+    "listen_dsn": _dsn,
+    "poll_interval": _positive_or_none,
     "heartbeat": _positive,
     "lease": _positive,
     "shutdown_timeout": _from_zero,
-    "concurrency": _count,
+    "concurrency": _concurrency,
     "max_crashes": _count,
+    "health_port": _port,
+    "health_host": _host,
     "retention_finished": _positive,
     "retention_failures": _positive,
     "retention_dead_letters": _positive,
@@ -247,4 +309,6 @@ _RULES: Final[dict[str, Callable[[object], Any]]] = {
     "queue": _queue,
     "priority": _priority,
 }
-_NUMBERS: Final = frozenset(_RULES) - {"dsn", "schema", "log_level", "queue"}
+_NUMBERS: Final = frozenset(_RULES) - {
+    *("dsn", "listen", "listen_dsn", "schema", "log_level", "queue", "health_host"),
+}

@@ -20,8 +20,10 @@
     │   └── ResultUnavailable               it succeeded, but its result was not stored
     ├── DatabaseError                       the queue's own database work failed
     │   ├── DatabaseUnavailable             it cannot be reached, or refused us
+    │   ├── PermissionDenied                the role lacks a right on the queue
     │   └── SchemaMismatch                  the schema is missing or at another revision
     └── WorkerError                         a worker could not start or go on
+        └── AppNotLoaded                    importing its application failed
     Signal (BaseException)                  raised *by* task code to steer its own job
     └── Retry                               run again later
 
@@ -30,6 +32,20 @@ Bad arguments of ours are plain `ValueError` or `TypeError`. Messages say the ru
 """
 
 from __future__ import annotations
+
+import reprlib
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 120
+
+
+def shown(value: object) -> str:
+    """A wrong value for a message: its repr on one line, shortened, also when the repr fails."""
+    try:
+        text = _REPR.repr(value)
+    except Exception:
+        text = f"{type(value).__name__} (its repr fails)"
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 class PgQueueError(Exception):
@@ -70,6 +86,8 @@ class WrongDatabase(EnqueueError):
 
 class EnqueueUncertain(EnqueueError):
     """The connection broke before the database's answer came, and repeating did not settle it.
+
+    Or the COMMIT's wait for a synchronous standby was cut short.
 
     Attributes:
         job_id: Repeat the call with `job_id=` this to enqueue it at most once.
@@ -143,12 +161,20 @@ class DatabaseUnavailable(DatabaseError):
     """The database cannot be reached, or refused us."""
 
 
+class PermissionDenied(DatabaseError):
+    """The role lacks a right on the queue; the message says on what."""
+
+
 class SchemaMismatch(DatabaseError):
     """The schema is missing, or at a revision this pgqueue does not work with."""
 
 
 class WorkerError(PgQueueError):
     """A worker could not start, or cannot go on."""
+
+
+class AppNotLoaded(WorkerError):
+    """A worker's application cannot be imported; the message has the traceback."""
 
 
 class Signal(BaseException):

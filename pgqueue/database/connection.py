@@ -56,6 +56,14 @@ class ConnectionLost(DatabaseUnavailable):
     """A connection of our own broke while a statement was under way: it may or may not have taken effect."""
 
 
+class NotReplicated(DatabaseUnavailable):
+    """A commit of our own was done here, but its wait for synchronous standbys was cut short."""
+
+
+class Refused(DatabaseUnavailable):
+    """The database did nothing, and may do it in a moment: starting, read-only, or in a conflict."""
+
+
 Step: TypeAlias = Statement | Copy
 Steps: TypeAlias = Generator[Step, Rows, T]
 

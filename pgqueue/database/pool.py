@@ -7,6 +7,11 @@ needed it, with the reason, and a process that has enqueued may still fork.
 - Fork: a child starts with none, and never says a word on its parent's connections.
 - Lost connection: `ConnectionLost`. Whether the statement under way took effect is unknown. All idle
   connections are dropped with it: what broke one has broken the others.
+- Standby instead of primary: `Refused`, and all connections are dropped too.
+- Nothing waits for ever: statements and locks have timeouts, unless the DSN or the role has its own. Only the
+  wait for a synchronous standby at COMMIT is as long as Postgres says.
+- Commits are on disk when they are acknowledged, whatever the database's default.
+- Pooler: found out per connection. Nothing is prepared there and no setting outlives its transaction.
 - End of process or event loop: idle connections are closed.
 """
 
@@ -19,24 +24,31 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pgqueue.database.connection import (
     AsyncPsycopgChannel,
     ConnectionLost,
+    NotReplicated,
     Plan,
     PsycopgChannel,
+    Refused,
+    Statement,
     adrive,
     drive,
     find_install,
 )
-from pgqueue.database.dsn import connect_options, one_line, unreachable
-from pgqueue.errors import SchemaMismatch
+from pgqueue.database.dsn import comes_soon, connect_options, cut_short, one_line, unreachable
+from pgqueue.errors import DatabaseError, DatabaseUnavailable, PermissionDenied, SchemaMismatch
 
 if TYPE_CHECKING:
     import psycopg
 
 T = TypeVar("T")
+
+STATEMENT_TIMEOUT: Final = "30s"
+LOCK_TIMEOUT: Final = "10s"
 
 SIZE: Final = 4
 """Connections per process, and per event loop. An enqueue takes under a millisecond of one."""
@@ -46,6 +58,22 @@ LOOK_TIMEOUT: Final = 3
 """Seconds to connect for a look that an enqueue in the caller's open transaction waits for."""
 
 
+@dataclass(slots=True)
+class _State:
+    """What we know of one connection.
+
+    Attributes:
+        is_pooled: There is a pooler in between: the session is not ours alone.
+        cut_short: A commit since the flag was last cleared did not wait for its synchronous standbys.
+    """
+
+    is_pooled: bool = False
+    cut_short: bool = False
+
+    def on_notice(self, diagnostic: Any) -> None:
+        self.cut_short = self.cut_short or cut_short(diagnostic)
+
+
 class Database:
     """The database behind a DSN."""
 
@@ -53,6 +81,8 @@ class Database:
         self.dsn = dsn
         self.schema = schema
         self._options: dict[str, Any] | None = None
+        self._settings: dict[str, Any] = {}
+        self._states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
         self._idle: deque[Any] = deque()
         self._slots = threading.BoundedSemaphore(SIZE)
         self._loops: dict[asyncio.AbstractEventLoop, _LoopPool] = {}
@@ -69,14 +99,24 @@ class Database:
         Raises:
             DatabaseUnavailable: No connection could be made; nothing was sent.
             ConnectionLost: It broke after something was sent.
+            NotReplicated: Somebody cut the wait for a synchronous standby short.
+            Refused: Nothing took effect, and the reason is likely to pass.
             SchemaMismatch: The database was not migrated.
+            DatabaseError: The database refused a statement; nothing took effect.
         """
         with self._slots:
             connection = self._take(self._idle) or self._connect()
+            state = self._states[connection]
+            state.cut_short = False
             try:
-                with connection.transaction() if atomic else _NOTHING:
+                with connection.transaction() if atomic or state.is_pooled else _NOTHING:
                     channel = PsycopgChannel(connection, self.schema)
-                    return drive(plan(channel), channel.perform)
+                    if state.is_pooled:
+                        channel.perform(self._settle(connection))
+                    result = drive(plan(channel), channel.perform)
+                if state.cut_short:
+                    raise _not_replicated()
+                return result
             except Exception as error:
                 self._explain(error, connection, self._idle)
                 raise
@@ -91,10 +131,17 @@ class Database:
         pool = await self._loop_pool()
         async with pool.slots:
             connection = self._take(pool.idle) or await self._aconnect()
+            state = self._states[connection]
+            state.cut_short = False
             try:
-                async with connection.transaction() if atomic else _NOTHING:
+                async with connection.transaction() if atomic or state.is_pooled else _NOTHING:
                     channel = AsyncPsycopgChannel(connection, self.schema)
-                    return await adrive(plan(channel), channel.perform)
+                    if state.is_pooled:
+                        await channel.perform(self._settle(connection))
+                    result = await adrive(plan(channel), channel.perform)
+                if state.cut_short:
+                    raise _not_replicated()
+                return result
             except Exception as error:
                 self._explain(error, connection, pool.idle)
                 raise
@@ -110,6 +157,9 @@ class Database:
         try:
             channel = PsycopgChannel(connection, self.schema)
             return drive(find_install(channel), channel.perform)
+        except Exception as error:
+            self._explain(error, connection, deque())
+            raise
         finally:
             connection.close()
 
@@ -119,6 +169,9 @@ class Database:
         try:
             channel = AsyncPsycopgChannel(connection, self.schema)
             return await adrive(find_install(channel), channel.perform)
+        except Exception as error:
+            self._explain(error, connection, deque())
+            raise
         finally:
             await connection.close()
 
@@ -138,8 +191,21 @@ class Database:
                 self.dsn, autocommit=True, **self._connect_options(timeout)
             )
         except psycopg.OperationalError as error:
-            raise unreachable(error) from error
-        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+            raise _unreachable(error) from error
+        try:
+            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+            state = self._states[connection] = _State()
+            connection.add_notice_handler(state.on_notice)
+            rows = PsycopgChannel(connection, self.schema).perform(self._settle(connection))
+            state.is_pooled = rows[0][0]
+            if state.is_pooled:
+                connection.prepare_threshold = None
+        except psycopg.Error as error:
+            connection.close()
+            raise _unreachable(error) from error
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     async def _aconnect(self, timeout: int = CONNECT_TIMEOUT) -> psycopg.AsyncConnection[Any]:
@@ -150,14 +216,38 @@ class Database:
                 self.dsn, autocommit=True, **self._connect_options(timeout)
             )
         except psycopg.OperationalError as error:
-            raise unreachable(error) from error
-        await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+            raise _unreachable(error) from error
+        try:
+            await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
+            state = self._states[connection] = _State()
+            connection.add_notice_handler(state.on_notice)
+            rows = await AsyncPsycopgChannel(connection, self.schema).perform(self._settle(connection))
+            state.is_pooled = rows[0][0]
+            if state.is_pooled:
+                connection.prepare_threshold = None
+        except psycopg.Error as error:
+            await connection.close()
+            raise _unreachable(error) from error
+        except BaseException:
+            connection.pgconn.finish()
+            raise
         return connection
 
     def _connect_options(self, timeout: int) -> dict[str, Any]:
         if self._options is None:
             self._options = connect_options(self.dsn)
-        return self._options
+            chosen = _server_options(self.dsn)
+            self._settings = {
+                "statement_timeout": None if "statement_timeout" in chosen else STATEMENT_TIMEOUT,
+                "lock_timeout": None if "lock_timeout" in chosen else LOCK_TIMEOUT,
+            }
+        if "connect_timeout" not in self._options:  # the DSN has its own
+            return self._options
+        return self._options | {"connect_timeout": timeout}
+
+    def _settle(self, connection: Any) -> Statement:
+        """Timeouts and durability: for the session, or behind a pooler for the open transaction."""
+        return Statement("settle_session", {**self._settings, "pid": connection.info.backend_pid})
 
     @staticmethod
     def _take(idle: deque[Any]) -> Any:
@@ -167,19 +257,53 @@ class Database:
         return None
 
     def _explain(self, error: Exception, connection: Any, idle: deque[Any]) -> None:
-        """Raise an error of ours where it says more than the driver's."""
+        """Raise an error of ours in place of the driver's."""
         import psycopg
 
-        if not isinstance(error, psycopg.Error):
-            return
+        if isinstance(error, psycopg.Error):
+            raise self._explained(error, connection, idle) from error
+
+    def _explained(self, error: psycopg.Error, connection: Any, idle: deque[Any]) -> DatabaseError:
+        import psycopg
+
+        errors = psycopg.errors
+        what = error.diag.message_primary or one_line(error)
         if connection.closed:
             _finish(idle)
-            raise ConnectionLost(f"the connection to the database broke: {one_line(error)}") from error
-        errors = psycopg.errors
-        if isinstance(error, (errors.InvalidSchemaName, errors.UndefinedFunction, errors.UndefinedTable)):
-            raise SchemaMismatch(
+            state = self._states.get(connection)
+            if state is not None and state.cut_short:
+                return _not_replicated()
+            return ConnectionLost(f"the connection to the database broke: {what}")
+        if isinstance(error, errors.ReadOnlySqlTransaction):
+            # The primary has become a standby, or the way leads to one now: all connections are as bad.
+            connection.pgconn.finish()
+            _finish(idle)
+            return Refused(f"the database is read-only: {what}; the dsn must lead to the primary")
+        if isinstance(error, (errors.SerializationFailure, errors.DeadlockDetected)):
+            return Refused(f"the database reports a conflict: {what}; try again")
+        missing = (errors.InvalidSchemaName, errors.UndefinedFunction, errors.UndefinedTable)
+        if isinstance(error, missing) and self.schema in what:  # else it is a trigger's
+            return SchemaMismatch(
                 f"the database has no schema {self.schema!r} of pgqueue; run `pgqueue migrate`"
-            ) from error
+            )
+        if isinstance(error, errors.InsufficientPrivilege):
+            return PermissionDenied(
+                f"role {connection.info.user!r} lacks a right on the queue: {what}; grant it, see "
+                "'Privileges' in docs/transactions.md"
+            )
+        if isinstance(error, errors.LockNotAvailable):
+            return DatabaseError(
+                "another session locks a table of the queue, or hangs as it notifies; nothing was done: "
+                f"{what}; try again, or raise lock_timeout in the dsn's options"
+            )
+        if isinstance(error, errors.QueryCanceled):
+            return DatabaseError(
+                f"the database cancelled the statement, nothing was done: {what}; do less at a time, or "
+                "raise statement_timeout in the dsn's options"
+            )
+        if (error.sqlstate or "").startswith("53"):
+            return DatabaseUnavailable(f"the database is short of something, nothing was done: {what}")
+        return DatabaseError(f"the database refused: {what}")
 
     async def _loop_pool(self) -> _LoopPool:
         loop = asyncio.get_running_loop()
@@ -196,6 +320,21 @@ class Database:
         for connections in (self._idle, *(pool.idle for pool in self._loops.values())):
             _silence(connections)
         self._loops.clear()
+
+
+def _unreachable(error: psycopg.Error) -> DatabaseUnavailable:
+    return unreachable(error, Refused if comes_soon(error) else DatabaseUnavailable)
+
+
+def _not_replicated() -> NotReplicated:
+    return NotReplicated("the wait for synchronous replication was cut short")
+
+
+def _server_options(dsn: str) -> str:
+    """What the DSN or the environment sets on the server, as `-c name=value`."""
+    from psycopg.conninfo import conninfo_to_dict
+
+    return str(conninfo_to_dict(dsn).get("options") or os.environ.get("PGOPTIONS", ""))
 
 
 class _LoopPool:

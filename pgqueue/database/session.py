@@ -18,7 +18,7 @@ from psycopg.rows import dict_row
 from pgqueue.database.dsn import connect_options, one_line, unreachable
 from pgqueue.database.migrate import require_revision
 from pgqueue.database.queries import query
-from pgqueue.errors import DatabaseError, DatabaseUnavailable
+from pgqueue.errors import DatabaseError, DatabaseUnavailable, PermissionDenied
 
 Row = dict[str, Any]
 
@@ -67,17 +67,16 @@ def open_session(dsn: str, *, schema: str = "pgqueue") -> Generator[Session, Non
     Raises:
         ConfigError: The DSN cannot be read.
         DatabaseUnavailable: The database cannot be reached, or the connection broke.
-        SchemaMismatch: It was not migrated, or to another revision.
+        SchemaMismatch: It was not migrated, or to a revision this release does not work with.
         DatabaseError: It refused a statement.
     """
     connection = _connect(dsn)
     try:
         session = Session(connection, schema)
         with session.transaction():
-            found = None
-            if session.run("read_revision_table")[0]["found"]:
-                found = next((row["version_num"] for row in session.run("read_revision")), None)
-        require_revision(found, schema=schema)
+            rows = session.run("read_revision") if session.run("read_revision_table")[0]["found"] else []
+        found = rows[0] if rows else {"version_num": None, "oldest_code_revision": None}
+        require_revision(found["version_num"], found["oldest_code_revision"], schema=schema)
         yield session
     except psycopg.Error as error:
         raise _explained(error, connection) from error
@@ -104,4 +103,9 @@ def _explained(error: psycopg.Error, connection: psycopg.Connection[Row]) -> Dat
         return DatabaseError(f"another session holds a row for over {LOCK_TIMEOUT}; try again")
     if isinstance(error, psycopg.errors.QueryCanceled):
         return DatabaseError(f"the database took over {STATEMENT_TIMEOUT}; ask for less")
-    return DatabaseError(one_line(error))
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        return PermissionDenied(
+            f"role {connection.info.user!r} lacks a right on the queue: {one_line(error)}; grant it, see "
+            "'Privileges' in docs/operations.md"
+        )
+    return DatabaseError(f"the database refused: {one_line(error)}")

@@ -16,9 +16,12 @@ def test_the_defaults_are_the_documented_ones() -> None:
     config = Config.load({})
     assert config == Config()
     assert (config.dsn, config.schema, config.queue, config.priority) == (None, "pgqueue", "default", 5)
-    assert (config.poll_interval, config.heartbeat, config.lease, config.shutdown_timeout) == (5, 5, 30, 25)
+    assert (config.heartbeat, config.lease, config.shutdown_timeout) == (5, 30, 25)
+    assert (config.poll_every(hears=True), config.poll_every(hears=False)) == (5, 0.5)
+    assert (config.listen, config.listen_dsn) == (True, None)
     assert (config.max_crashes, config.log_level) == (3, "INFO")
     assert config.concurrency == len(os.sched_getaffinity(0))
+    assert (config.health_port, config.health_host) == (None, "127.0.0.1")
     retentions = (config.retention_finished, config.retention_failures)
     assert (*retentions, config.retention_dead_letters, config.retention_audit) == (7, 30, 90, 365)
 
@@ -38,12 +41,16 @@ def test_every_field_has_a_variable() -> None:
     values = {
         "dsn": "postgresql://h/d",
         "schema": "jobs",
+        "listen": "False",
+        "listen_dsn": "postgresql://direct/d",
         "poll_interval": "1.5",
         "heartbeat": "2",
         "lease": "9",
         "shutdown_timeout": "0",
         "concurrency": "3",
         "max_crashes": "4",
+        "health_port": "8080",
+        "health_host": "127.0.0.2",
         "retention_finished": "0.5",
         "retention_failures": "2",
         "retention_dead_letters": "3",
@@ -58,12 +65,16 @@ def test_every_field_has_a_variable() -> None:
     assert found == {
         "dsn": "postgresql://h/d",
         "schema": "jobs",
+        "listen": False,
+        "listen_dsn": "postgresql://direct/d",
         "poll_interval": 1.5,
         "heartbeat": 2.0,
         "lease": 9.0,
         "shutdown_timeout": 0.0,
         "concurrency": 3,
         "max_crashes": 4,
+        "health_port": 8080,
+        "health_host": "127.0.0.2",
         "retention_finished": 0.5,
         "retention_failures": 2.0,
         "retention_dead_letters": 3.0,
@@ -72,6 +83,22 @@ def test_every_field_has_a_variable() -> None:
         "queue": "high",
         "priority": 9,
     }
+
+
+def test_a_poll_interval_that_is_given_holds_with_and_without_notifications() -> None:
+    config = Config(poll_interval=2)
+    assert (config.poll_every(hears=True), config.poll_every(hears=False)) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("1", True), ("on", True), ("0", False), ("No", False), (True, True)]
+)
+def test_a_flag_is_read(value: object, expected: bool) -> None:
+    assert Config(listen=value).listen is expected  # type: ignore[arg-type]
+
+
+def test_the_password_of_listen_dsn_stays_hidden_too() -> None:
+    assert "secret" not in repr(Config(listen_dsn="postgresql://user:secret@host/db"))
 
 
 def test_an_empty_variable_counts_as_unset() -> None:
@@ -100,6 +127,15 @@ def test_an_empty_variable_counts_as_unset() -> None:
         ("concurrency", 0),
         ("concurrency", 1.5),
         ("max_crashes", 0),
+        ("listen", "maybe"),
+        ("listen", None),
+        ("listen_dsn", " "),
+        ("health_port", -1),
+        ("health_port", 65536),
+        ("health_port", True),
+        ("health_port", "http"),
+        ("health_host", " "),
+        ("health_host", None),
         ("retention_finished", 0),
         ("retention_failures", -1),
         ("retention_dead_letters", None),

@@ -1,5 +1,7 @@
 -- First in every transaction of a worker. The planner may otherwise meet a bulk load with old statistics and sort the
--- whole lane for each claim, or scan a bloated table. Local settings also hold behind a transaction pooler.
+-- whole lane for each claim, or scan a bloated table. What is acknowledged is on disk: of synchronous_commit only `off`
+-- is raised. Local settings also hold behind a transaction pooler.
 SELECT set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
        set_config('enable_sort', 'off', true), set_config('jit', 'off', true),
-       set_config('statement_timeout', %(statement_timeout)s::text, true), set_config('lock_timeout', %(lock_timeout)s::text, true)
+       set_config('statement_timeout', %(statement_timeout)s::text, true), set_config('lock_timeout', %(lock_timeout)s::text, true),
+       CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', true) END

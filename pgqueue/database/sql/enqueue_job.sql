@@ -1,5 +1,7 @@
 -- Enqueue one job in the caller's transaction, and notify the workers that sleep on its queue.
--- Locks: the new row only. One row: the id of the job, or of the one already there.
+-- Locks: the new row only. One row: the id of the job, or of the one already there. `flush`: when it was there, COMMIT would
+-- have nothing to wait for, although the job's own COMMIT may still wait for a synchronous standby, or have given up: so
+-- something without meaning is written to the log.
 SELECT {schema}.enqueue(
     task        => %(task)s::text,
     args        => %(args)s::text::jsonb,
@@ -12,4 +14,5 @@ SELECT {schema}.enqueue(
     headers     => %(headers)s::text::jsonb,
     max_retries => %(max_retries)s::integer,
     new_id      => %(new_id)s::boolean
-)::text AS id
+)::text AS id,
+CASE WHEN %(flush)s::boolean THEN pg_logical_emit_message(true, 'pgqueue', '') END AS flushed
