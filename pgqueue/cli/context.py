@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+import traceback
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pgqueue.config import Config
+from pgqueue.errors import AppNotLoaded, PgQueueError
 
 if TYPE_CHECKING:
     from pgqueue.app import PgQueue
@@ -30,9 +34,18 @@ class Context:
             return None
         from pgqueue.app import load_app
 
-        app = load_app(self.target)
-        app.configure(**{key: value for key, value in (("dsn", self.dsn), ("schema", self.schema)) if value})
-        app.import_tasks()
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # what it prints is not what the command answers
+                app = load_app(self.target)
+                app.configure(dsn=self.dsn, schema=self.schema)
+                app.import_tasks()
+        except PgQueueError:
+            raise  # it says by itself what is wrong, and where
+        except (Exception, SystemExit) as error:
+            where = traceback.format_exc().rstrip()
+            raise AppNotLoaded(
+                f"cannot load {self.target}: {type(error).__name__}: {error}\n{where}"
+            ) from error
         return app
 
     @cached_property

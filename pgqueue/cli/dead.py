@@ -17,10 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pgqueue.cli.context import Context
+from pgqueue.cli.options import MOST_ROWS, Words
 from pgqueue.cli.output import (
     clean,
     clean_lines,
     duration,
+    is_terminal,
     plural,
     shortened,
     show,
@@ -28,15 +30,19 @@ from pgqueue.cli.output import (
     table,
     to_json,
 )
+from pgqueue.cli.status import ExitStatus
 from pgqueue.database import dead as letters
 from pgqueue.database.dead import ANY, BATCH, DeadFilter, Requeued
 from pgqueue.database.session import Session, open_session
+from pgqueue.errors import shown
 from pgqueue.job import DEAD_REASONS, check_id
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _UNITS = {"s": "seconds", "m": "minutes", "min": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _MESSAGE_LENGTH = 60
+_LONGEST = timedelta(days=36_525)
+"""A century: what lies further back may fall off the database's calendar."""
 
 
 def read_since(ctx: click.Context, param: click.Parameter, value: str | None) -> datetime | timedelta | None:
@@ -45,11 +51,16 @@ def read_since(ctx: click.Context, param: click.Parameter, value: str | None) ->
         return None
     try:
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", value.strip()):
-            return timedelta(**{_UNITS[match[2]]: float(match[1])})
+            ago = timedelta(**{_UNITS[match[2]]: float(match[1])})
+            if ago > _LONGEST:
+                raise ValueError
+            return ago
         moment = datetime.fromisoformat(value)
         return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
     except (ValueError, KeyError, OverflowError):
-        raise click.BadParameter(f"must be like 30m, 2h, 3d or 2026-01-31T09:00Z, got {value!r}") from None
+        raise click.BadParameter(
+            f"must be like 30m, 2h, 3d or 2026-01-31T09:00Z, a century at most, got {shown(value)}"
+        ) from None
 
 
 def read_id(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -57,7 +68,7 @@ def read_id(ctx: click.Context, param: click.Parameter, value: str) -> str:
     try:
         return check_id(value)
     except ValueError:
-        raise click.BadParameter(f"a job id is a UUID, got {value!r}") from None
+        raise click.BadParameter(f"a job id is a UUID, got {shown(value)}") from None
 
 
 def read_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -71,10 +82,14 @@ def filters(command: Command) -> Command:
         click.option(
             "--since", callback=read_since, metavar="AGO|TIME", help="Died since 30m, 2h, 3d, or a time."
         ),
-        click.option("--error", metavar="CLASS", help="Class of the last exception, its module optional."),
+        click.option(
+            "--error", type=Words(), metavar="CLASS", help="Class of the last exception, its module optional."
+        ),
         click.option("--reason", type=click.Choice(DEAD_REASONS), help="Why they are dead."),
-        click.option("--task", metavar="NAME", help="Name of their task."),
-        click.option("--queue", metavar="NAME", help="Queue they came from, or label they lie under."),
+        click.option("--task", type=Words(), metavar="NAME", help="Name of their task."),
+        click.option(
+            "--queue", type=Words(), metavar="NAME", help="Queue they came from, or label they lie under."
+        ),
     ):
         command = option(command)
     return command
@@ -100,7 +115,9 @@ Examples:
   pgqueue dead list --error SMTPServerDisconnected --json""",
 )
 @filters
-@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Show so many at most.")
+@click.option(
+    "--limit", type=click.IntRange(1, MOST_ROWS), default=50, show_default=True, help="Show so many at most."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def list_command(context: Context, /, limit: int, as_json: bool, **which: Any) -> None:
@@ -150,12 +167,12 @@ def show_command(context: Context, job_id: str, as_json: bool) -> int:
         letter = letters.show_dead_letter(session, job_id)
         if letter is None:
             _say_not_dead(session, job_id)
-            return 1
+            return ExitStatus.FAILED
     if as_json:
         show_json(letter)
     else:
         _show_letter(letter)
-    return 0
+    return ExitStatus.DONE
 
 
 @dead.command(
@@ -169,8 +186,8 @@ Examples:
 @click.argument("job_ids", callback=read_ids, metavar="[ID]...", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All dead letters.")
 @filters
-@click.option("--limit", type=click.IntRange(1), help="Requeue so many at most, by id.")
-@click.option("--note", metavar="TEXT", help="Why you do it, for the audit log.")
+@click.option("--limit", type=click.IntRange(1, MOST_ROWS), help="Requeue so many at most, by id.")
+@click.option("--note", type=Words(), metavar="TEXT", help="Why you do it, for the audit log.")
 @click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -207,7 +224,7 @@ def requeue_command(
             else:
                 way = "" if dry_run or not count else "; --yes does it"
                 click.echo(f"would requeue {plural(count, 'dead letter')}{way}")
-            return 0
+            return ExitStatus.DONE
         done = _requeue_matching(session, where, limit, count, note)
         return _report(done, as_json=as_json)
 
@@ -226,7 +243,7 @@ def _check_choice(job_ids: tuple[str, ...], everything: bool, where: DeadFilter,
 
 def _agreed(count: int) -> bool:
     """Ask, where there is somebody to ask."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
         return False
     return click.confirm(f"requeue {plural(count, 'dead letter')}?", err=True)
 
@@ -247,13 +264,13 @@ def _requeue_ids(
         status = _report(done, as_json=as_json)
     for job_id in missing:
         _say_not_dead(session, job_id)
-    return 1 if missing or (not dry_run and status) else 0
+    return ExitStatus.FAILED if missing or (not dry_run and status) else ExitStatus.DONE
 
 
 def _requeue_matching(
     session: Session, where: DeadFilter, limit: int | None, count: int, note: str | None
 ) -> Requeued:
-    quiet = count <= BATCH or not sys.stderr.isatty()
+    quiet = count <= BATCH or not is_terminal(sys.stderr)
     with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
         bar = progress.add_task("requeueing", total=count)
         return letters.requeue_where(
@@ -274,7 +291,7 @@ def _report(done: Requeued, *, as_json: bool) -> int:
         show_json({"dry_run": False, "requeued": done.ids, "refused": done.refused})
     else:
         click.echo(f"requeued {plural(len(done.ids), 'dead letter')}")
-    return 1 if done.refused else 0
+    return ExitStatus.FAILED if done.refused else ExitStatus.DONE
 
 
 def _say_not_dead(session: Session, job_id: str) -> None:

@@ -11,10 +11,10 @@ import click
 
 import pgqueue
 from pgqueue.cli.context import Context
+from pgqueue.cli.status import ExitStatus
 from pgqueue.config import Config
 from pgqueue.errors import ConfigError
 
-EXIT_FAILED = 1
 EXIT_SIGNAL = 128
 """And the signal's number, as a shell says it."""
 
@@ -65,7 +65,11 @@ def demo(context: Context, orders: int, concurrency: int, seed: int, dsn: str | 
 
     On a server of yours it makes the queue's schema, unless it is there, and one for the orders of this run.
     """
-    config = Config.load(os.environ, dsn=dsn or context.dsn, schema=context.schema)
+    config = Config.load(os.environ, dsn=context.dsn if dsn is None else dsn, schema=context.schema)
+    if config.dsn is not None:
+        from pgqueue.database.dsn import connect_options
+
+        connect_options(config.dsn)  # what is wrong with it is said before anything starts
     require_packages(embedded=config.dsn is None)
     sys.path.insert(0, str(examples_folder()))
     # Only now: the shop was not on the path before, and needs packages that pgqueue does not.
@@ -83,9 +87,9 @@ def demo(context: Context, orders: int, concurrency: int, seed: int, dsn: str | 
         return EXIT_SIGNAL + interrupted.signal
     except (DemoFailed, ChildFailed, OrderFailed) as failure:
         click.echo(f"demo: error: {failure}", err=True)
-        return EXIT_FAILED
+        return ExitStatus.FAILED
     click.echo(f"demo: {total}")
-    return 0
+    return ExitStatus.DONE
 
 
 def examples_folder() -> Path:

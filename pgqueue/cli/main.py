@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+import traceback
 from typing import Any
 
 import click
 
 from pgqueue import __version__
 from pgqueue.cli.context import Context
+from pgqueue.cli.status import SUMMARY, ExitStatus, ignore_stop_signals, status_of
 from pgqueue.errors import PgQueueError
 
-EXIT_FAILED = 1
-"""Something went wrong; one line on stderr says what."""
-EXIT_INTERRUPTED = 3
-"""A worker stopped, but had to kill running jobs; they went back to their queue."""
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _COMMANDS = {
     "migrate": "pgqueue.cli.migrate:migrate",
     "worker": "pgqueue.cli.worker:worker",
+    "ping": "pgqueue.cli.ping:ping",
     "demo": "pgqueue.cli.demo:demo",
     "enqueue": "pgqueue.cli.enqueue:enqueue",
     "inspect": "pgqueue.cli.inspect:inspect",
@@ -45,13 +46,13 @@ class LazyGroup(click.Group):
 @click.command(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="""\b
+    epilog=f"""\b
 Examples:
   pgqueue migrate
   pgqueue -A shop.app:app worker -Q high,normal -c 4
   pgqueue inspect queues
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 3 a worker had to kill running jobs when it stopped.""",
+{SUMMARY}""",
 )
 @click.option("-A", "--app", "target", envvar="PGQUEUE_APP", help="The application, as module:attribute.")
 @click.option("--dsn", help="Where the database is.  [default: the application's, else $PGQUEUE_DSN]")
@@ -67,19 +68,27 @@ def main() -> None:
     """The console script. Known errors are one line on stderr; a traceback is for bugs."""
     try:
         status: Any = cli(standalone_mode=False)
-    except click.exceptions.Abort:
+    except click.exceptions.Abort as error:
         click.echo("pgqueue: interrupted", err=True)
-        status = 130
+        status = status_of(error)
     except click.ClickException as error:
         error.show()
-        status = error.exit_code
+        status = status_of(error)
     except PgQueueError as error:
         click.echo(f"pgqueue: {error}", err=True)
-        status = EXIT_FAILED
+        status = status_of(error)
     except BrokenPipeError:
         sys.stderr.close()
-        status = EXIT_FAILED
-    sys.exit(status if isinstance(status, int) else 0)
+        status = ExitStatus.FAILED
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+            click.echo(f"pgqueue: cannot write the output: {error.strerror}", err=True)
+            status = ExitStatus.FAILED
+        else:
+            traceback.print_exc()
+            status = status_of(error)
+    ignore_stop_signals()
+    sys.exit(status if isinstance(status, int) else ExitStatus.DONE)
 
 
 if __name__ == "__main__":

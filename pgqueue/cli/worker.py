@@ -9,8 +9,12 @@ import click
 
 from pgqueue import __version__
 from pgqueue.cli.context import Context
+from pgqueue.cli.status import ExitStatus, leaving_when_asked
 from pgqueue.config import LOG_FORMAT, LOG_LEVELS, Config
+from pgqueue.errors import shown
 from pgqueue.job import check_queue
+
+MOST_WEIGHT = 1e9
 
 
 def parse_queues(text: str | None) -> tuple[list[str], dict[str, float] | None]:
@@ -25,9 +29,11 @@ def parse_queues(text: str | None) -> tuple[list[str], dict[str, float] | None]:
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, colon, weight = part.strip().rpartition(":")
-        if colon and re.fullmatch(r"\d+(\.\d+)?", weight):
-            if float(weight) <= 0:
-                raise ValueError(f"a weight must be above 0, got {part.strip()!r}")
+        if colon and re.fullmatch(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?", weight, re.IGNORECASE):
+            if not 0 < float(weight) <= MOST_WEIGHT:
+                raise ValueError(
+                    f"a weight must be above 0 and at most {MOST_WEIGHT:g}, got {shown(part.strip())}"
+                )
             weights[check_queue(name)] = float(weight)
         else:
             name = check_queue(part.strip())
@@ -47,7 +53,8 @@ Examples:
   pgqueue -A shop.app:app worker -Q high,normal -c 4
   pgqueue -A shop.app:app worker -Q high:3,normal:1
 
-SIGTERM or Ctrl-C: finish what is running, give the rest back, leave. A second one does not wait."""
+SIGTERM, SIGHUP or Ctrl-C: finish what is running, give the rest back, leave. A second one (half a second
+later or more) or SIGQUIT does not wait."""
 )
 @click.option(
     "-Q",
@@ -60,8 +67,13 @@ SIGTERM or Ctrl-C: finish what is running, give the rest back, leave. A second o
 )
 @click.option("-l", "--loglevel", type=click.Choice(LOG_LEVELS, case_sensitive=False), help="[default: INFO]")
 @click.option(
-    "--poll-interval", type=float, metavar="SECONDS", help="Idle looks without a notification.  [default: 5]"
+    "--poll-interval",
+    type=float,
+    metavar="SECONDS",
+    help="Idle looks without a notification.  [default: 5; where none can come, 0.5]",
 )
+@click.option("--listen-dsn", metavar="DSN", help="A direct connection to listen on, if --dsn is a pooler's.")
+@click.option("--no-listen", is_flag=True, help="Poll every half second instead of listening.")
 @click.option("--heartbeat", type=float, metavar="SECONDS", help="Signs of life.  [default: 5]")
 @click.option(
     "--lease", type=float, metavar="SECONDS", help="Silence after which others take over.  [default: 30]"
@@ -73,6 +85,13 @@ SIGTERM or Ctrl-C: finish what is running, give the rest back, leave. A second o
     help="Time to finish running jobs when stopped.  [default: 25]",
 )
 @click.option("--max-crashes", type=int, help="Process deaths that bury a job.  [default: 3]")
+@click.option(
+    "--health-port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="Answer GET /live and /ready here; 0 for a free port, which is logged.  [default: off]",
+)
+@click.option("--health-host", metavar="ADDRESS", help="Where that listens.  [default: 127.0.0.1]")
 @click.pass_obj
 def worker(
     context: Context,
@@ -80,14 +99,16 @@ def worker(
     concurrency: int | None,
     loglevel: str | None,
     poll_interval: float | None,
+    listen_dsn: str | None,
+    no_listen: bool,
     heartbeat: float | None,
     lease: float | None,
     shutdown_timeout: float | None,
     max_crashes: int | None,
+    health_port: int | None,
+    health_host: str | None,
 ) -> int:
     """Run jobs."""
-    from pgqueue.worker.run import run_worker
-
     if context.target is None:
         raise click.UsageError("a worker needs an application: pgqueue -A module:attribute worker")
     try:
@@ -100,17 +121,27 @@ def worker(
         "concurrency": concurrency,
         "log_level": loglevel.upper() if loglevel else None,
         "poll_interval": poll_interval,
+        "listen_dsn": listen_dsn,
+        "listen": False if no_listen else None,
         "heartbeat": heartbeat,
         "lease": lease,
         "shutdown_timeout": shutdown_timeout,
         "max_crashes": max_crashes,
+        "health_port": health_port,
+        "health_host": health_host,
     }
     # What flags alone show to be wrong is reported before anything starts. Heartbeat and lease are judged
-    # together: one of them alone may fit what the application sets, which is known when it is imported.
-    alone = (heartbeat is None) != (lease is None)
-    Config.load({}, **{**flags, "heartbeat": None, "lease": None} if alone else flags)
+    # together: one of them alone may fit what the application sets, which is known when it is imported, so
+    # here it is judged beside one that fits.
+    fitting: dict[str, float] = {}
+    if (heartbeat is None) != (lease is None):
+        fitting = {"heartbeat": 1e-9} if heartbeat is None else {"lease": 1e9}
+    Config.load({}, **{**flags, **fitting})
     logging.basicConfig(level=(loglevel or "INFO").upper(), format=LOG_FORMAT)
     # It warns of each lost connection, which we have reported already.
     logging.getLogger("psycopg").setLevel(logging.ERROR)
-    finished = run_worker(context.target, version=__version__, flags=flags, queues=names, weights=weights)
-    return 0 if finished else 3
+    with leaving_when_asked():
+        from pgqueue.worker.run import run_worker
+
+        finished = run_worker(context.target, version=__version__, flags=flags, queues=names, weights=weights)
+    return ExitStatus.DONE if finished else ExitStatus.INTERRUPTED

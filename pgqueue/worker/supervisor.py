@@ -9,9 +9,9 @@ running jobs. The supervisor: its children die with it, and its jobs run again a
 its heartbeat stand still for a whole lease. The database: nothing; running jobs go on and their outcomes are
 kept until it is back.
 
-Signals set a flag and wake the loop; the loop acts. SIGTERM or SIGINT: stop claiming, give back what has not
-started, let running jobs finish for `shutdown_timeout`, then kill them and give them back too. A second
-signal does not wait.
+Asked to stop, it claims nothing more, gives back what has not started, lets running jobs finish for
+`shutdown_timeout`, then kills them and gives them back too. Asked to stop at once, it does not wait. Which
+signals ask for what is in `run`.
 """
 
 from __future__ import annotations
@@ -19,30 +19,51 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 from collections.abc import Coroutine, Mapping, Sequence
 from random import Random
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from pgqueue.config import Config
 from pgqueue.database.listener import Listener
 from pgqueue.database.migrate import require_revision
-from pgqueue.database.store import Call, Link
+from pgqueue.database.store import QUERY_CANCELED, Call, GroupFailed, Link, Row
 from pgqueue.errors import ConfigError, DatabaseUnavailable, PgQueueError, SchemaMismatch
 from pgqueue.worker.claimer import Claimer
 from pgqueue.worker.dispatcher import STALL, Dispatcher, Member
+from pgqueue.worker.health import Health, HealthService
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes
 from pgqueue.worker.maintenance import Maintenance
 from pgqueue.worker.prefork import Prefork
 from pgqueue.worker.wire import Failed, FromExecutor, Loaded, Ready, Skipped, Succeeded, clock
 
+T = TypeVar("T")
+
 log = logging.getLogger("pgqueue.worker")
 
 START_PATIENCE = 60.0
 """Seconds a starting worker waits for the database."""
 RESTART_FIRST, RESTART_MOST = 0.05, 5.0
+PAYLOAD_TIMEOUTS = 3
+"""How often loading the arguments of one job may time out before they count as unreadable."""
+KILL_PATIENCE = 5.0
+"""Seconds until a killed executor counts as gone although its fork server, which may be stuck, does not say
+so."""
+LEAVE_PATIENCE = 3.0
+"""Seconds a leaving worker at least tries to reach the database, however little time is left."""
+
+
+async def unless_set(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` returns; None, the work cancelled, as soon as the event is set."""
+    task, asked = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait([task, asked], return_when=asyncio.FIRST_COMPLETED)
+        return None if asked.done() else task.result()
+    finally:
+        for each in (task, asked):
+            each.cancel()
+        await asyncio.gather(task, asked, return_exceptions=True)
 
 
 class Supervisor:
@@ -81,9 +102,10 @@ class Supervisor:
         self._dispatcher = Dispatcher(max_crashes=config.max_crashes)
         self._dsn = dsn
         self._claim_link = Link(dsn, schema=config.schema, name="claim")
-        self._maintenance_link = Link(dsn, schema=config.schema, name="maintenance", statement_timeout="30s")
-        self._stop_requested = 0
+        self._maintenance_link = Link(dsn, schema=config.schema, name="maintenance", statement_timeout=30)
+        self._at_once = False
         self._stop_event = asyncio.Event()
+        self._leaving: asyncio.Timeout | None = None
         self._restart_delay = RESTART_FIRST
         self._killed = False
         self._complete = True
@@ -100,6 +122,7 @@ class Supervisor:
             discover=(lambda queue: self._claimer.serve(queue)) if self._everything else None,
             asleep=lambda: self._claimer.asleep,
             wake=lambda: self._claimer.wake(),
+            health=lambda: self._health.published(),
             random=self._random,
         )
         self._claimer = Claimer(
@@ -111,26 +134,34 @@ class Supervisor:
             next_eta=self._maintenance.next_eta,
             share=self._maintenance.share,
             retried=self._maintenance.look_for_due_jobs,
-            poll_interval=config.poll_interval,
+            poll_interval=config.poll_every(hears=False),
             random=self._random,
         )
+        self._health = Health(
+            self._identity,
+            self._dispatcher,
+            self._claimer,
+            self._maintenance,
+            concurrency=config.concurrency,
+            lease=config.lease,
+        )
+        self._health_service = HealthService(self._health.report)
         self._dispatcher.tasks = loaded.tasks
         processes.owner = self
 
     async def run(self) -> bool:
-        """Serve until asked to stop; returns whether every running job could finish and was acked.
+        """Serve until `stop` is called; returns whether every running job could finish and was acked.
 
         Raises:
-            SchemaMismatch: The database is not migrated, or at another revision.
+            SchemaMismatch: The database is not migrated, or at a revision this release does not work with.
             WorkerError: The worker cannot go on.
             DatabaseUnavailable: The database could not be reached in the first minute.
         """
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
         try:
-            await self._wait_for_database()
-            await self._maintenance.register()
+            if self._config.health_port is not None:
+                await self._health_service.start(self._config.health_host, self._config.health_port)
+            if not await self._register():
+                return True
             for _ in range(self._config.concurrency):
                 self._processes.fork()
             config = self._config
@@ -142,16 +173,18 @@ class Supervisor:
                 len(self._dispatcher.tasks),
             )
             listener = Listener(
-                self._dsn,
+                config.listen_dsn or self._dsn,
                 config.schema,
+                notify_dsn=self._dsn,
                 on_notify=self._on_notify,
-                on_listen=self._claimer.wake,
+                on_listen=lambda: self._hear(True),
+                on_deaf=lambda: self._hear(False),
                 random=self._random,
             )
             claiming = self._spawn(self._claimer.run())
             loops = [
                 self._spawn(self._maintenance.run()),
-                self._spawn(listener.run()),
+                *([self._spawn(listener.run())] if config.listen else []),
                 self._spawn(self._tick()),
             ]
             await self._stop_event.wait()
@@ -174,13 +207,26 @@ class Supervisor:
             await self._processes.stop()
             await self._claim_link.close()
             await self._maintenance_link.close()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+            self._health_service.close()
 
-    def stop(self) -> None:
-        """Ask to stop; a second time, at once."""
-        self._stop_requested += 1
+    def stop(self, at_once: bool = False) -> None:
+        """Ask to stop; `at_once`, also later: without waiting for what runs, or for the database."""
         self._stop_event.set()
+        if at_once and not self._at_once:
+            self._at_once = True
+            if self._leaving is not None and not self._leaving.expired():
+                self._leaving.reschedule(asyncio.get_running_loop().time() + LEAVE_PATIENCE)
+
+    async def _register(self) -> bool:
+        """Put this worker on the list as soon as there is a database; False when asked to stop before."""
+        try:
+            if await unless_set(self._stop_event, self._wait_for_database()) is None:
+                return False
+        except DatabaseUnavailable:
+            if self._stop_event.is_set():
+                return False
+            raise
+        return True
 
     def _registration(self, worker: str) -> Call:
         return Call(
@@ -197,22 +243,21 @@ class Supervisor:
             },
         )
 
-    async def _wait_for_database(self) -> None:
-        """Check the schema's revision, waiting a minute for a database that is still starting."""
+    async def _wait_for_database(self) -> Literal[True]:
+        """Check the schema's revision and register, waiting a minute for a database that is starting."""
         deadline = clock() + START_PATIENCE
         told = False
         while True:
             try:
                 rows = await self._maintenance_link.call("read_revision_table")
-                found = None
-                if rows[0][0]:
-                    ((found,),) = await self._maintenance_link.call("read_revision")
-                require_revision(found, schema=self._config.schema)
-                return
+                found = await self._maintenance_link.call("read_revision") if rows[0][0] else []
+                require_revision(*(found[0] if found else (None, None)), schema=self._config.schema)
+                await self._maintenance.register()
+                return True
             except SchemaMismatch:
                 raise
-            except DatabaseUnavailable as error:
-                if clock() >= deadline or self._stop_requested or _is_hopeless(error):
+            except (DatabaseUnavailable, GroupFailed) as error:
+                if clock() >= deadline or _is_hopeless(error):
                     raise
                 if not told:
                     log.warning("database_unavailable connection=start error=%s", error)
@@ -230,6 +275,10 @@ class Supervisor:
         if not task.cancelled() and task.exception() is not None and self._failure is None:
             self._failure = task.exception()
             self._stop_event.set()
+
+    def _hear(self, hears: bool) -> None:
+        """Notifications reach this worker from now on, or do not."""
+        self._claimer.hear(hears, self._config.poll_every(hears=hears))
 
     def _on_notify(self, _queue: str) -> None:
         self._claimer.wake()
@@ -249,16 +298,23 @@ class Supervisor:
         job = member.in_flight.get(number)
         if job is None:
             return
-        while True:
+        rows: list[Row] | None = None
+        timeouts = 0
+        while rows is None and self._dispatcher.has(member, number):
             try:
                 rows = await self._maintenance_link.call(
                     "load_payload", id=job.id, attempt=job.attempt, worker=job.worker
                 )
-                break
             except PgQueueError as error:
                 log.warning("payload_not_loaded job=%s error=%s", job.id, error)
+                timeouts += isinstance(error, GroupFailed) and error.sqlstate == QUERY_CANCELED
+                if timeouts == PAYLOAD_TIMEOUTS or (isinstance(error, GroupFailed) and error.blames_the_row):
+                    self._dispatcher.unreadable(member, number, str(error))
+                    self._send_out()
+                    self._claimer.poke()
+                    return
                 await asyncio.sleep(0.5)
-        if self._dispatcher.members.get(member.index) is not member or number not in member.in_flight:
+        if rows is None or not self._dispatcher.has(member, number):
             return
         if not rows:
             log.warning("payload_gone job=%s attempt=%d", job.id, job.attempt)
@@ -287,6 +343,7 @@ class Supervisor:
 
     def on_exit(self, member: Member, how: str) -> None:
         """An executor is gone: end its running job, put another in its place."""
+        self._health.executor_gone(clock())
         crashed = self._dispatcher.gone(member, how, by_us=self._killed)
         if crashed is not None and not self._killed:
             log.error(
@@ -327,6 +384,7 @@ class Supervisor:
                 STALL if dispatcher.in_flight > len(dispatcher.members) or dispatcher.waiting else 0.2
             )
             now = clock()
+            self._health.watch(now)
             dispatcher.take_back_stalled(now)
             self._send_out()
             if dispatcher.release_stranded(now):
@@ -339,31 +397,49 @@ class Supervisor:
         self._claimer.draining = True
         log.info("worker_stopping running=%d", dispatcher.in_flight)
         dispatcher.take_back_all()
+        killed_at = float("inf")
         while True:
             dispatcher.release_waiting()
             self._claimer.poke()
             if not dispatcher.in_flight:
                 break
-            if clock() >= deadline or self._stop_requested > 1:
+            now = clock()
+            if now >= deadline or self._at_once:
                 self._killed = True
                 self._complete = False
+                killed_at = min(killed_at, now)
                 for member in list(dispatcher.members.values()):
                     if member.in_flight:
                         self._processes.kill(member)
+                        if now - killed_at >= KILL_PATIENCE:
+                            dispatcher.gone(member, "was killed", by_us=True)
             await asyncio.sleep(0.01)
         for member in list(dispatcher.members.values()):
             self._processes.retire(member)
 
+    async def _sign_off(self) -> None:
+        """Leave the list of workers, however often it takes: who stays on it is taken for silent later."""
+        while True:
+            try:
+                await self._maintenance.wake_others()  # for what was given back
+                await self._maintenance.deregister()
+                return
+            except (DatabaseUnavailable, GroupFailed):
+                await asyncio.sleep(RESTART_FIRST)
+
     async def _leave(self, deadline: float) -> None:
         """Ack what is left and sign off; a database that is away now finds it all by itself later."""
         try:
-            async with asyncio.timeout(max(3.0, deadline - clock())):
+            patience = 0.0 if self._at_once else deadline - clock()
+            async with asyncio.timeout(max(LEAVE_PATIENCE, patience)) as self._leaving:
                 self._dispatcher.release_waiting()
                 await self._claimer.flush()
-                await self._maintenance.deregister()
+                await self._sign_off()
         except (PgQueueError, TimeoutError) as error:
             self._complete = False
             log.warning("worker_left_jobs unacked=%d error=%s", self._claimer.unacked, error)
+        finally:
+            self._leaving = None
         stats = self._dispatcher
         log.info(
             "worker_stopped succeeded=%d failed=%d crashed=%d stale_acks=%d",
@@ -374,8 +450,10 @@ class Supervisor:
         )
 
 
-def _is_hopeless(error: DatabaseUnavailable) -> bool:
-    """Waiting does not mend a wrong password, role, database or host name."""
+def _is_hopeless(error: DatabaseUnavailable | GroupFailed) -> bool:
+    """Waiting does not mend a wrong password, role, database or host name, nor a missing right (42)."""
+    if isinstance(error, GroupFailed):
+        return error.sqlstate is not None and error.sqlstate[:2] in ("22", "23", "42", "54", "P0")
     text = str(error).lower()
     return any(
         words in text

@@ -275,7 +275,7 @@ def test_an_executor_that_dies_costs_no_job(demos: Demos, fresh_dsn: str, databa
 
 def test_a_database_that_is_not_there_is_one_line(demos: Demos) -> None:
     status, out, err = demos.start("--dsn", "postgresql://127.0.0.1:1/nowhere", dsn=None).finish()
-    assert (status, out) == (1, "")
+    assert (status, out) == (4, "")
     assert err.startswith("pgqueue: cannot migrate: ")
     assert "Traceback" not in err
 

@@ -291,6 +291,17 @@ def leaves_a_grandchild(self: TaskContext, path: str) -> int:
 
 
 @app.task(bind=True)
+def leaves_an_orphan(self: TaskContext, path: str) -> None:
+    """Fork twice, as daemons do: what waits at the gate is no child of this process."""
+    pid = os.fork()
+    if pid == 0:
+        if os.fork() == 0:
+            wait_for(path)
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+@app.task(bind=True)
 def dies_beside_a_grandchild(self: TaskContext, path: str) -> int:
     note("start", self)
     if self.request.attempt > 1:
