@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from pgqueue.database.session import Session
 
@@ -67,6 +68,30 @@ class ActiveJob:
     seconds: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """A worker's row.
+
+    Attributes:
+        queues: Those it serves; empty until it has found one, when it serves every queue there is.
+        running: Jobs known to have been running for more than a second.
+        beat_ago: Seconds since its last heartbeat, by the database's clock.
+        stats: What that heartbeat said of it, in the worker's words; empty before the first.
+    """
+
+    id: str
+    host: str
+    pid: int
+    queues: list[str]
+    concurrency: int
+    version: str
+    started_at: datetime
+    fenced: bool
+    running: int
+    beat_ago: float
+    stats: dict[str, Any]
+
+
 def list_queues(session: Session, *, exact: bool = False) -> list[QueueStats]:
     """Every queue that has jobs, dead letters or a worker, by name.
 
@@ -90,3 +115,10 @@ def list_active_jobs(session: Session, *, limit: int | None = None) -> list[Acti
     with session.transaction():
         rows = session.run("list_active_jobs", limit=limit)
     return [ActiveJob(**{**row, "active": bool(row["active"])}) for row in rows]
+
+
+def list_workers(session: Session) -> list[WorkerStats]:
+    """Every worker that has a row, also fenced ones, the last that beat first."""
+    with session.transaction():
+        rows = session.run("list_workers")
+    return [WorkerStats(**row) for row in rows]

@@ -1,0 +1,5 @@
+-- The workers that have a row, the last that beat first.
+SELECT id, host, pid, queues, concurrency, version, started_at, fenced, cardinality(running) AS running, stats,
+       greatest(extract(epoch FROM clock_timestamp() - heartbeat_at), 0)::float8 AS beat_ago
+FROM {schema}.workers
+ORDER BY heartbeat_at DESC, id
