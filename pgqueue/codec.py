@@ -178,7 +178,7 @@ def encode_result(value: object) -> tuple[str | None, str | None]:
         data: bytes = _to_json(PLAIN.encode(parts, MAX_DEPTH))
     except Misfit as misfit:
         return None, clean_text(f"the result{misfit.path} {misfit.problem.partition(';')[0]}", 500)
-    except Exception as error:
+    except BaseException as error:  # its class may do anything while it is taken apart
         return None, clean_text(f"the result cannot be written as JSON: {reason(error)}", 500)
     if len(data) > MAX_RESULT_BYTES:
         return None, f"the result must be at most {MAX_RESULT_BYTES:,} bytes of JSON, got {len(data):,}"
@@ -192,16 +192,20 @@ def decode_result(text: str) -> Any:
 
 def clean_text(text: str, limit_bytes: int) -> str:
     """Text that Postgres can store, at most `limit_bytes` long in UTF-8; a longer one loses its middle."""
+    far = 0
+    if len(text) > 2 * limit_bytes > 0:  # not all of it needs to be looked at
+        far = len(text[limit_bytes:-limit_bytes].encode(errors="surrogatepass"))
+        text = text[:limit_bytes] + text[-limit_bytes:]
     text = _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text)
     data = text.encode()
     if len(data) <= limit_bytes:
         return text
-    keep = limit_bytes - len(_cut_marker(len(data)).encode())
+    keep = limit_bytes - len(_cut_marker(len(data) + far).encode())
     if keep <= 0:
         return data[: max(limit_bytes, 0)].decode(errors="ignore")
     head = data[: keep // 2].decode(errors="ignore")
     tail = data[len(data) - (keep - keep // 2) :].decode(errors="ignore")
-    return head + _cut_marker(len(data) - len(head.encode()) - len(tail.encode())) + tail
+    return head + _cut_marker(len(data) + far - len(head.encode()) - len(tail.encode())) + tail
 
 
 def _cut_marker(count: int) -> str:

@@ -29,6 +29,8 @@ MAX_DEPTH: Final = 64
 MAX_INT_BITS: Final = 2048
 """617 digits: readable under every setting of Python's limit on int conversion, whose minimum is 640."""
 
+_QUALNAME: Final = type.__dict__["__qualname__"]
+
 shorten = reprlib.Repr()
 shorten.maxstring = shorten.maxother = shorten.maxlong = 80
 
@@ -52,10 +54,10 @@ class Misfit(Exception):
 def describe(value: object) -> str:
     """`str 'abc'`: type and shortened repr, also when the repr raises."""
     try:
-        shown = _one_line(shorten.repr(value))
+        shown = _one_line(str.__str__(shorten.repr(value)))
     except Exception:
         shown = "(its repr fails)"
-    return shown if value is None else f"{type(value).__name__} {shown}"
+    return shown if value is None else f"{class_name(type(value)).rpartition('.')[2]} {shown}"
 
 
 def _one_line(text: str) -> str:
@@ -63,13 +65,21 @@ def _one_line(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The error's first line, also when its str raises."""
+    name = class_name(type(error))
     try:
-        text = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        return text if text.isprintable() else repr(text)[1:-1]
-    except Exception:
-        return type(error).__name__
+        text = str.__str__(str(error))  # a str of its own class may do anything
+        line = (text[:10_000].splitlines() or [""])[0][:200] or name
+        return line if line.isprintable() else repr(line)[1:-1]
+    except BaseException:
+        return name
+
+
+def class_name(kind: type) -> str:
+    """The qualified name, also of a class whose metaclass has other ideas."""
+    name: str = _QUALNAME.__get__(kind)
+    return name
 
 
 class Shape:

@@ -62,6 +62,7 @@ class Member:
         in_flight: Jobs sent and not reported yet, by number, in order.
         progress: The job number seen on the board last, and since when.
         retiring: Gets no more jobs.
+        garbled: A task has written where it should not: what the board says may be wrong too.
     """
 
     index: int
@@ -72,6 +73,7 @@ class Member:
     progress: tuple[int, float] = (0, 0.0)
     ready: bool = False
     retiring: bool = False
+    garbled: bool = False
 
 
 class Dispatcher:
@@ -199,6 +201,22 @@ class Dispatcher:
         if job is not None:
             self._waiting.appendleft(job)
 
+    def has(self, member: Member, number: int) -> bool:
+        """Whether this executor is there and still has that job."""
+        return self.members.get(member.index) is member and number in member.in_flight
+
+    def unreadable(self, member: Member, number: int, why: str) -> None:
+        """The arguments of a job that was to be sent cannot be read from the database."""
+        job = member.in_flight.pop(number)
+        facts = self.tasks.get(job.task)
+        self._end(
+            job,
+            verb="bury",
+            reason="bad_payload",
+            dead_letter_queue=facts.dead_letter_queue if facts else None,
+            error_message=f"the arguments cannot be read: {why}"[:1000],
+        )
+
     def gone(self, member: Member, death: str, *, by_us: bool = False) -> ClaimedJob | None:
         """An executor is dead: its running job has crashed (or, killed `by_us`, goes back), its others wait
         again.
@@ -206,13 +224,16 @@ class Dispatcher:
         Returns the job that was running.
         """
         self.members.pop(member.index, None)
-        running = member.in_flight.pop(member.board.started, None)
+        # Outcomes come in order, so what runs is the first, if anything does.
+        first = min(member.in_flight, default=0)
+        ran = member.garbled or member.board.started >= first
+        running = member.in_flight.pop(first, None) if ran else None
         self._waiting.extendleft(reversed(member.in_flight.values()))
         member.in_flight.clear()
         if running is None:
             return None
         if by_us:
-            self._end(running, verb="release")
+            self._end(running, verb="release", queue=running.queue)
             return running
         self.crashed += 1
         final = running.crashes + 1 >= self._max_crashes
@@ -256,7 +277,8 @@ class Dispatcher:
     def release_waiting(self) -> None:
         """Give everything that waits here back to the database."""
         while self._waiting:
-            self._end(self._waiting.popleft(), verb="release")
+            job = self._waiting.popleft()
+            self._end(job, verb="release", queue=job.queue)
 
     def release_stranded(self, now: float) -> bool:
         """Give what waits here back when no slot has become free for a while; returns whether it did."""

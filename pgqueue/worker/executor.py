@@ -11,17 +11,20 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from contextlib import suppress
 from datetime import UTC, datetime
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
 from pgqueue.codec import clean_text, encode_result
 from pgqueue.errors import PayloadError, Retry, UnknownTask
+from pgqueue.failpoints import failpoint
 from pgqueue.retry import Again
+from pgqueue.shapes import class_name
 from pgqueue.task import Request
 from pgqueue.worker.wire import (
     Board,
@@ -43,6 +46,9 @@ if TYPE_CHECKING:
 
 TRACEBACK_LIMIT = 64 << 10
 MESSAGE_LIMIT = 8 << 10
+CHAIN_LIMIT = 1_000
+COUNT_LIMIT = 1_000_000_000
+"""Retries that the table can count."""
 
 
 class Executor:
@@ -53,17 +59,26 @@ class Executor:
         self._channel = channel
         self._board = board
         self._random = Random()
+        self._recursion_limit = sys.getrecursionlimit()
 
     def serve(self) -> None:
         """Run jobs until the supervisor closes the channel."""
         frames = Frames()
-        self._channel.sendall(frame(Ready(os.getpid())))
+        pid = os.getpid()
+        descriptor = self._channel.fileno()
+        channel = _identity(descriptor)
+        self._channel.sendall(frame(Ready(pid)))
         while data := self._receive():
             for payload in frames.feed(data):
                 for job in decode_jobs(payload):
-                    self._channel.sendall(
-                        frame(self.run(job) if self._board.start(job.number) else Skipped(job.number))
-                    )
+                    failpoint("job_received")
+                    message = self.run(job) if self._board.start(job.number) else Skipped(job.number)
+                    if os.getpid() != pid:
+                        _leave(message)
+                    # A body that closed every descriptor may have opened others in their place.
+                    if _identity(descriptor) != channel:
+                        raise OSError(f"job {job.id} has closed the descriptor of its executor's channel")
+                    self._channel.sendall(frame(message))
 
     def _receive(self) -> bytes:
         try:
@@ -74,11 +89,25 @@ class Executor:
     def run(self, job: Job) -> Succeeded | Failed:
         """Run one job to its end; never raises, whatever the body does."""
         started = clock()
+        try:
+            return self._run(job, started)
+        except BaseException as error:
+            # Looking at what the body raised, or returned, has raised in turn.
+            task = self._app.tasks.get(job.task)
+            return _shapeless(job, started, error, task.dead_letter_queue if task is not None else None)
+
+    def _run(self, job: Job, started: float) -> Succeeded | Failed:
         task: Task[Any, Any] | None = None
         try:
             task = self._app.find_task(job.task)
             args, kwargs = task.codec.decode(job.args, job.kwargs)
-            value = task.run(_request(job, args, kwargs), args, kwargs)
+            failpoint("body_before")
+            try:
+                value = task.run(_request(job, args, kwargs), args, kwargs)
+            finally:
+                if sys.getrecursionlimit() < self._recursion_limit:  # what comes now must not be cut short
+                    sys.setrecursionlimit(self._recursion_limit)
+            failpoint("body_after")
         except UnknownTask as error:
             if task is not None:  # the body looked for another one
                 return self._failed(job, started, error, task)
@@ -99,12 +128,16 @@ class Executor:
         dead_letter_queue = task.dead_letter_queue if task is not None else None
         if task is None:
             return _dead(job, started, error, "not_retryable", dead_letter_queue)
-        decision = task.policy.decide(
-            error, retries=job.retries, max_retries=job.max_retries, random=self._random
-        )
+        try:
+            decision = task.policy.decide(
+                error, retries=job.retries, max_retries=job.max_retries, random=self._random
+            )
+        except BaseException:  # its class says what it is, unless asking for the class raises
+            return _dead(job, started, error, "not_retryable", dead_letter_queue)
+        wish = error if isinstance(error, Retry) else None
         shown = error
-        if isinstance(error, Retry) and error.cause is not None:
-            shown = error.cause
+        if wish is not None and wish.cause is not None:
+            shown = wish.cause
             if (
                 shown.__traceback__ is None
             ):  # made for self.retry(exc=…): show where, and what was being handled
@@ -112,11 +145,46 @@ class Executor:
                 shown.__context__ = shown.__context__ or error.__context__
         if not isinstance(decision, Again):
             return _dead(job, started, shown, decision.reason, dead_letter_queue)
+        if job.retries >= COUNT_LIMIT:  # a row that cannot be counted up could not be acked
+            return _dead(job, started, shown, "retries_exhausted", dead_letter_queue)
         failed = _dead(job, started, shown, "not_retryable", dead_letter_queue)
         failed.reason = ""
         failed.delay = decision.delay
-        failed.max_retries = error.max_retries if isinstance(error, Retry) else None
+        failed.max_retries = wish.max_retries if wish is not None else None
         return failed
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    """What is behind a descriptor."""
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino
+
+
+def _leave(message: Succeeded | Failed | Skipped) -> NoReturn:
+    """End a process that a body forked and forgot to end: the outcome is told by the one that was asked."""
+    status = 0
+    if isinstance(message, Failed):
+        asked = message.error_message
+        status = int(asked) & 0xFF if message.error_class == "SystemExit" and asked.isdecimal() else 1
+        if message.error_class != "SystemExit":
+            with suppress(BaseException):
+                print(message.traceback, file=sys.stderr)
+    _flush()
+    os._exit(status)
+
+
+def _shapeless(job: Job, started: float, error: BaseException, dead_letter_queue: str | None) -> Failed:
+    name = clean_text(class_name(type(error)), 512)
+    return Failed(
+        job.number,
+        started,
+        clock(),
+        name,
+        f"(looking at the error of the task raised {name})",
+        "",
+        reason="not_retryable",
+        dead_letter_queue=dead_letter_queue,
+    )
 
 
 def _raised_by_task(error: BaseException, task: Task[Any, Any]) -> bool:
@@ -146,16 +214,44 @@ def _dead(
 def describe(error: BaseException) -> tuple[str, str, str]:
     """Class, message and traceback of an exception, storable whatever its `__str__` does."""
     kind = type(error)
+    name = class_name(kind)
     try:
-        message = str(error)
+        message = str.__str__(str(error))  # a str of its own class may do anything
     except BaseException as broken:
-        message = f"({kind.__qualname__}.__str__ raised {type(broken).__qualname__})"
+        message = f"({name}.__str__ raised {class_name(type(broken))})"
     try:
-        text = "".join(traceback.format_exception(error))
+        text = (
+            _steps(error) + f"{name}: {message}\n(more than {CHAIN_LIMIT} errors led to this one)\n"
+            if _has_long_chain(error)
+            else "".join(traceback.format_exception(error))
+        )
     except BaseException as broken:
-        text = f"(formatting the traceback raised {type(broken).__qualname__})"
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        text = _steps(error) + f"(formatting the error raised {class_name(type(broken))})"
+    with suppress(BaseException):
+        if kind.__module__ != "builtins":
+            name = f"{kind.__module__}.{name}"
     return clean_text(name, 512), clean_text(message, MESSAGE_LIMIT), clean_text(text, TRACEBACK_LIMIT)
+
+
+def _has_long_chain(error: BaseException) -> bool:
+    """Whether so many errors led to this one that formatting them all would take minutes: each exception
+    raised inside walks along the contexts of the one being handled.
+    """
+    link = error
+    for _ in range(CHAIN_LIMIT):
+        before = link.__cause__ or link.__context__
+        if before is None or before is error:
+            return False
+        link = before
+    return True
+
+
+def _steps(error: BaseException) -> str:
+    """Where it was raised, without what it says."""
+    try:
+        return "Traceback (most recent call last):\n" + "".join(traceback.format_tb(error.__traceback__))
+    except BaseException:
+        return ""
 
 
 def _request(job: Job, args: list[Any], kwargs: dict[str, Any]) -> Request:
@@ -189,10 +285,13 @@ def become_executor(app: PgQueue, channel: socket.socket, board_descriptor: int)
     try:
         # The supervisor decides when this process ends. Handlers, not SIG_IGN: what is ignored stays ignored
         # in programs that a task starts.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, _stay)
+        os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_let_go)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         board = Board(board_descriptor)
+        Board.seal(board_descriptor)
         os.close(board_descriptor)
         Executor(app, channel, board).serve()
         status = 0
@@ -201,7 +300,35 @@ def become_executor(app: PgQueue, channel: socket.socket, board_descriptor: int)
     except BaseException:
         traceback.print_exc()
     finally:
-        with suppress(BaseException):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        _flush()
         os._exit(status)
+
+
+def _stay(*_: object) -> None:
+    pass
+
+
+_mask = threading.local()
+
+
+def _hold() -> None:
+    """Before a task forks: a SIGTERM for the child must not come while it still has our handler."""
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _release() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+def _let_go() -> None:
+    """In a process that a task has forked: end when asked to, or `multiprocessing` could not terminate it."""
+    if signal.getsignal(signal.SIGTERM) is _stay:
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _release()
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BaseException):
+            stream.flush()

@@ -22,6 +22,7 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
 
 import msgspec
@@ -62,35 +63,53 @@ class ForkServer:
         wake_writer.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
-        with selectors.DefaultSelector() as selector:
+        with self._control, wake_reader, wake_writer, selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(wake_reader, selectors.EVENT_READ)
+            inherited = (wake_reader, wake_writer, selector)
             while True:
                 for key, _ in selector.select():
                     if key.fileobj is wake_reader:
                         wake_reader.recv(4096)
-                    elif not self._answer((wake_reader, wake_writer)):
+                    elif not self._answer(inherited):
+                        signal.set_wakeup_fd(-1)
                         return
                 self._reap()
 
-    def _answer(self, inherited: tuple[socket.socket, socket.socket]) -> bool:
-        """Fork one executor; False when the supervisor is gone."""
+    def _answer(self, inherited: Iterable[socket.socket | selectors.BaseSelector]) -> bool:
+        """Fork one executor; False when the supervisor is gone.
+
+        Args:
+            inherited: What the child has no use for.
+        """
         request, descriptors, _, _ = socket.recv_fds(self._control, 4, 2)
         if not request:
             return False
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)  # they come inheritable; not for programs that tasks start
         channel = socket.socket(fileno=descriptors[0])
+        index = int.from_bytes(request, "big")
         server = os.getpid()
-        pid = os.fork()
+        try:
+            with warnings.catch_warnings():
+                # Of threads that the application started; main() has said it once, in our own words.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
+        except OSError:  # too many processes: no reason to take the other executors down
+            traceback.print_exc()
+            channel.close()
+            os.close(descriptors[1])
+            self._send(Exited(index, 0, os.EX_OSERR))
+            return True
         if pid == 0:
             signal.set_wakeup_fd(-1)
             die_with_parent(server)
             self._control.close()
-            for end in inherited:
-                end.close()
+            for each in inherited:
+                each.close()
             become_executor(self._app, channel, descriptors[1])
         channel.close()
         os.close(descriptors[1])
-        index = int.from_bytes(request, "big")
         self._children[pid] = index
         self._send(Forked(index, pid))
         return True
@@ -113,13 +132,14 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
     """
     die_with_parent(parent)
     # The terminal's Ctrl-C goes to the whole group: how this ends is the supervisor's decision.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    _stay()
+    os.set_inheritable(descriptor, False)  # who else holds it would hide our death from the supervisor
     control = socket.socket(fileno=descriptor)
     try:
         app = load_app(target)
         app.configure(**json.loads(overrides))
         app.import_tasks()
+        _stay()  # whatever the application has made of these signals
         facts = {name: TaskFacts(task.dead_letter_queue) for name, task in app.tasks.items()}
         config = app.config
         # Does nothing if the application has set up its own.
@@ -139,6 +159,13 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
     control.sendall(frame(Loaded(facts, asdict(config))))
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         ForkServer(app, control).serve()
+
+
+def _stay() -> None:
+    """Do not end by what ends the supervisor; SIGHUP stays ignored where it is (nohup)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class Plan:
     complete: bool
 
     def parameters(self) -> dict[str, object]:
-        """The lane parameters of `claim_jobs`."""
+        """The parameters of `claim_jobs`, but for the worker."""
         return {
             "queues": [stretch.lane.queue for stretch in self.ranges],
             "priorities": [stretch.lane.priority for stretch in self.ranges],
@@ -137,6 +137,7 @@ class Plan:
             "upto": [int(stretch.upto) for stretch in self.ranges],
             "most": [stretch.most for stretch in self.ranges],
             "batch": self.batch,
+            "bare": False,
         }
 
 

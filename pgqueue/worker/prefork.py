@@ -21,9 +21,10 @@ from typing import Any, Protocol
 
 import msgspec
 
-from pgqueue.errors import WorkerError
+from pgqueue.errors import AppNotLoaded
 from pgqueue.worker.dispatcher import Member
 from pgqueue.worker.wire import (
+    MAX_FRAME,
     Board,
     Exited,
     Forked,
@@ -42,6 +43,8 @@ from pgqueue.worker.wire import (
 log = logging.getLogger("pgqueue.worker")
 
 _READ = 1 << 18
+_EXIT_PATIENCE = 1.0
+"""Seconds between the end of an executor's channel and the news of its exit."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,13 +88,14 @@ class Prefork:
         self._control: socket.socket | None = None
         self._control_frames = Frames()
         self._server: subprocess.Popen[bytes] | None = None
+        self._watch: int | None = None
         self._loaded: asyncio.Future[Loaded] | None = None
 
     async def start(self) -> Loaded:
         """Start the fork server; returns what it has to say about the application.
 
         Raises:
-            WorkerError: The application cannot be imported.
+            AppNotLoaded: The application cannot be imported.
         """
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -103,7 +107,17 @@ class Prefork:
         with theirs:
             self._server = subprocess.Popen(arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: ASYNC220
         self._loop.add_reader(ours, self._read_control, ours)
+        if hasattr(os, "pidfd_open"):
+            # What the application forks at its import may hold the other end of the socket open.
+            with contextlib.suppress(OSError):
+                self._watch = os.pidfd_open(self._server.pid)
+                self._loop.add_reader(self._watch, self._server_ended, ours)
         return await self._loaded
+
+    @property
+    def server_pid(self) -> int | None:
+        """The fork server's process, from its start until it has been waited for."""
+        return self._server.pid if self._server is not None else None
 
     def fork(self) -> None:
         """Ask for one more executor; it reports itself ready."""
@@ -139,6 +153,12 @@ class Prefork:
         if line is None:
             return
         data = frame(Jobs(jobs))
+        if len(data) > MAX_FRAME:
+            if len(jobs) > 1:
+                for job in jobs:
+                    self.send(member, [job])
+                return
+            data = frame(Jobs([_without_payload(jobs[0], len(data))]))
         if line.unsent:
             line.unsent += data
             return
@@ -175,13 +195,16 @@ class Prefork:
             self._close(line)
         self._lines.clear()
         self._drop_control()
-        server, self._server = self._server, None
+        server = self._server
         if server is not None:
+            if self._loaded is not None and (self._loaded.cancelled() or not self._loaded.done()):
+                server.kill()  # still importing the application: it would not notice before it is done
             try:
                 await asyncio.to_thread(server.wait, 5)
             except subprocess.TimeoutExpired:
                 server.kill()
                 await asyncio.to_thread(server.wait)
+            self._server = None
 
     def _read(self, line: _Line) -> None:
         try:
@@ -192,17 +215,29 @@ class Prefork:
             data = b""
         if not data:
             self._loop.remove_reader(line.channel)  # its exit status is on the way
+            self._loop.call_later(_EXIT_PATIENCE, self._cut_off, line)
             return
         self._hand_on(line, data)
 
+    def _cut_off(self, line: _Line) -> None:
+        """Kill an executor that cannot say any more how its job ends: a task has closed its channel."""
+        if self._lines.get(line.member.index) is line:
+            log.error("executor_cut_off pid=%d", line.member.pid)
+            self.kill(line.member)
+
     def _hand_on(self, line: _Line, data: bytes) -> None:
+        if line.member.garbled:
+            return
+        messages: list[FromExecutor] = []
         try:
-            messages = [decode_from_executor(payload) for payload in line.frames.feed(data)]
+            for payload in line.frames.feed(data):
+                messages.append(decode_from_executor(payload))  # those before the fault count
         except (ValueError, msgspec.DecodeError) as error:
-            # A task wrote to a descriptor that is not its own: nothing this executor says can be trusted.
+            # A task wrote to a descriptor that is not its own: what this executor says from here on cannot
+            # be trusted.
+            line.member.garbled = True
             log.error("executor_garbled pid=%d error=%s", line.member.pid, error)
             self.kill(line.member)
-            return
         self.owner.on_message(line.member, messages)
 
     def _write(self, line: _Line) -> None:
@@ -228,13 +263,27 @@ class Prefork:
             for payload in self._control_frames.feed(data):
                 self._hear(decode_from_fork_server(payload))
             return
+        self._lost_server()
+
+    def _server_ended(self, control: socket.socket) -> None:
+        """The fork server's process has ended; what it had sent still counts."""
+        if self._control is control:
+            with contextlib.suppress(OSError):
+                while data := control.recv(_READ):
+                    for payload in self._control_frames.feed(data):
+                        self._hear(decode_from_fork_server(payload))
+            self._lost_server()
+
+    def _lost_server(self) -> None:
         self._drop_control()
         loaded, self._loaded = self._loaded, None
         if loaded is not None and not loaded.done():
             loaded.set_exception(
-                WorkerError(f"the process that imports {self._target} ended before it was done")
+                AppNotLoaded(f"the process that imports {self._target} ended before it was done")
             )
             return
+        if loaded is not None and (loaded.cancelled() or loaded.exception() is not None):
+            return  # who started it knows
         for line in list(self._lines.values()):
             self._exit(line, "lost its fork server")
         self.owner.on_lost_fork_server()
@@ -246,7 +295,7 @@ class Prefork:
         elif isinstance(message, LoadFailed):
             if self._loaded is not None and not self._loaded.done():
                 self._loaded.set_exception(
-                    WorkerError(
+                    AppNotLoaded(
                         f"cannot load {self._target}: {message.message}\n{message.traceback}".rstrip()
                     )
                 )
@@ -280,6 +329,17 @@ class Prefork:
         if control is not None:
             self._loop.remove_reader(control)
             control.close()
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            self._loop.remove_reader(watch)
+            os.close(watch)
+
+
+def _without_payload(job: Job, size: int) -> Job:
+    """The job in a form that can be sent, and that the executor refuses as it should."""
+    why = f"too large to run: {size:,} bytes, at most {MAX_FRAME:,}"
+    task = job.task[:1_000]
+    return msgspec.structs.replace(job, task=task, args=json.dumps(why), kwargs="{}", headers="{}")
 
 
 def _how(message: Exited) -> str:

@@ -12,6 +12,7 @@ has started. Nobody has to answer, so jobs come back even from an executor that 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import sys
@@ -24,6 +25,7 @@ import msgspec
 
 HEADER = 4
 MAX_FRAME = 64 << 20
+_F_SEAL_FUTURE_WRITE = 0x10
 
 if sys.platform == "linux":
 
@@ -203,12 +205,23 @@ class Board:
     def create() -> int:
         """A descriptor of fresh shared memory; the caller closes it."""
         if hasattr(os, "memfd_create"):
-            descriptor = os.memfd_create("pgqueue-board", os.MFD_CLOEXEC)
+            descriptor = os.memfd_create("pgqueue-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         else:
             with tempfile.TemporaryFile() as file:
                 descriptor = os.dup(file.fileno())
         os.ftruncate(descriptor, Board.SIZE)
         return descriptor
+
+    @staticmethod
+    def seal(descriptor: int) -> None:
+        """Executor: from here on only the two mappings can write, not a task that writes into every
+        descriptor it finds.
+        """
+        if sys.platform == "linux":
+            import fcntl
+
+            with contextlib.suppress(OSError):  # before Linux 5.1
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
 
     def close(self) -> None:
         """Unmap it."""

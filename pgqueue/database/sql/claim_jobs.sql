@@ -2,13 +2,14 @@
 -- Locks: exactly the rows it returns, in lane order; rows that others hold are skipped, so claims never wait.
 -- Index: jobs_ready per lane, jobs_pkey for the update. `= ANY (ARRAY(…))` instead of a join: on a bloated table with few
 -- live rows the planner turns a join into a full scan. No ORDER BY outside: it would lock one row more than it returns.
--- A fenced or missing worker gets nothing. Args are printed up to 8 kB a value, so 500 jobs stay under 8 MiB; NULL means
--- fetch them with load_payload. Always one row; xmin is of the snapshot that looked. xmax: every transaction that had an id
+-- A fenced or missing worker gets nothing. `least`: one row that was written with an absurd attempt must not fail the
+-- claim of its whole lane. Args are printed up to 8 kB a value, so 500 jobs stay under 8 MiB; NULL means
+-- fetch them with load_payload. `bare`: print none, when what takes a few bytes as stored would be a gigabyte (1e131071). Always one row; xmin is of the snapshot that looked. xmax: every transaction that had an id
 -- by then has a smaller one. With rows it is our own id: the snapshot's xmax is only one above the last id that has *ended*,
 -- and a writer that began later but took earlier positions may still be open above it.
 WITH taken AS (
     UPDATE {schema}.jobs
-    SET state = 'running', attempt = attempt + 1, worker_id = %(worker)s::text, claimed_at = now()
+    SET state = 'running', attempt = least(attempt + 1, 1000000000), worker_id = %(worker)s::text, claimed_at = now()
     WHERE id = ANY (ARRAY(
         SELECT found.id
         FROM unnest(%(queues)s::text[], %(priorities)s::smallint[], %(after)s::bigint[], %(upto)s::bigint[],
@@ -37,7 +38,7 @@ SELECT coalesce(json_agg(json_build_array(
        coalesce(pg_current_xact_id_if_assigned(), pg_snapshot_xmax(pg_current_snapshot()))::text::bigint AS xmax
 FROM (SELECT *, octet_length(args_text) <= 8192 AND octet_length(kwargs_text) <= 8192
                 AND octet_length(headers_text) <= 2048 AS small
-      FROM (SELECT *, CASE WHEN pg_column_size(args) <= 8192 THEN args::text END AS args_text,
-                   CASE WHEN pg_column_size(kwargs) <= 8192 THEN kwargs::text END AS kwargs_text,
-                   CASE WHEN pg_column_size(headers) <= 2048 THEN headers::text END AS headers_text
+      FROM (SELECT *, CASE WHEN NOT %(bare)s::boolean AND pg_column_size(args) <= 8192 THEN args::text END AS args_text,
+                   CASE WHEN NOT %(bare)s::boolean AND pg_column_size(kwargs) <= 8192 THEN kwargs::text END AS kwargs_text,
+                   CASE WHEN NOT %(bare)s::boolean AND pg_column_size(headers) <= 2048 THEN headers::text END AS headers_text
             FROM taken OFFSET 0) AS printed OFFSET 0) AS measured
