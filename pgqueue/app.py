@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, TypeVar, Unpac
 from pgqueue.codec import encode_plain
 from pgqueue.config import Config
 from pgqueue.database.connection import recognise_async, recognise_sync
-from pgqueue.enqueue import Client, JobOptions, build_request, check_option_names
-from pgqueue.errors import ConfigError, DuplicateTask, UnknownTask
+from pgqueue.enqueue import Client, JobOptions, build_request, check_arguments, check_option_names
+from pgqueue.errors import ConfigError, DuplicateTask, UnknownTask, shown
 from pgqueue.job import JobRequest, check_id, check_priority, check_queue, check_task_name
 from pgqueue.result import AsyncResult
 from pgqueue.retry import RetryPolicy
@@ -82,6 +82,8 @@ class PgQueue:
         task_defaults: Mapping[str, Any] = MappingProxyType({}),
         task_routes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> None:
+        if not _is_text(name):
+            raise ConfigError(f"an application's name must be a text that is not empty, got {shown(name)}")
         self.name = name
         self._settings: dict[str, Any] = {}
         self._tasks: dict[str, Task[..., Any]] = {}
@@ -148,6 +150,8 @@ class PgQueue:
             ConfigError: Options are wrong; the message lists all that are.
             DuplicateTask: Another function has the name.
         """
+        if len(function) > 1:
+            raise TypeError(f"@app.task decorates one function, got {len(function)}; name the options")
         given = {"bind": bind, **options}
         if not function:
             return lambda function: self._register(function, given)
@@ -164,7 +168,7 @@ class PgQueue:
             return self._tasks[name]
         except KeyError:
             raise UnknownTask(
-                f"no task {name!r} is registered with {self.name!r}; is its module in imports= "
+                f"no task {shown(name)} is registered with {self.name!r}; is its module in imports= "
                 f"({', '.join(self._imports) or 'which is empty'})?"
             ) from None
 
@@ -175,11 +179,12 @@ class PgQueue:
 
     def _register(self, function: object, options: dict[str, Any]) -> Task[..., Any]:
         if not callable(function) or isinstance(function, (type, Task)):
-            raise ConfigError(f"@app.task decorates a function, got {function!r}")
+            raise ConfigError(f"@app.task decorates a function, got {shown(function)}")
         name = options.get("name")
         if name is None:
             name = f"{_module_name(function, self.name)}.{getattr(function, '__name__', '?')}"
-        check_task_options({**options, "name": name}, TASK_OPTIONS, f"task {name}")
+        where = f"task {name}" if isinstance(name, str) and name.isprintable() else "task"
+        check_task_options({**options, "name": name}, TASK_OPTIONS, where)
         known = self._tasks.get(name)
         if known is not None and not _is_same_function(known.function, function):
             raise DuplicateTask(
@@ -292,7 +297,22 @@ class PgQueue:
         return self.client.database
 
     def _requests_for(self, signatures: Iterable[Signature]) -> list[JobRequest]:
-        return [self._request_for(each.task, each.args, each.kwargs, each.options) for each in signatures]
+        if isinstance(signatures, Signature) or not isinstance(signatures, Iterable):
+            raise TypeError(
+                f"enqueue_many takes a list of calls made with task.s(...), got {shown(signatures)}"
+            )
+        return [self._request_of(each) for each in signatures]
+
+    def _request_of(self, signature: object) -> JobRequest:
+        if not isinstance(signature, Signature):
+            raise TypeError(f"enqueue_many takes calls made with task.s(...), got {shown(signature)}")
+        if signature.options:
+            if not isinstance(signature.options, Mapping):
+                raise TypeError(f"options of a Signature must be a mapping, got {shown(signature.options)}")
+            check_option_names("enqueue_many", signature.options)
+        if signature.task not in self._tasks:
+            check_task_name(signature.task)
+        return self._request_for(signature.task, signature.args, signature.kwargs, signature.options)
 
     def _request_for(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
@@ -300,6 +320,7 @@ class PgQueue:
         task = self._tasks.get(name)
         if task is not None:
             return task.request_for(args, kwargs, options)
+        check_arguments(name, args, kwargs)
         route, defaults = self.route(name), self.defaults
         priority = route.priority if route.priority is not None else defaults.get("priority")
         return build_request(
@@ -312,26 +333,35 @@ class PgQueue:
         )
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
 def _checked_imports(imports: object) -> tuple[str, ...]:
     if isinstance(imports, str) or not isinstance(imports, Iterable):
-        raise ConfigError(f"imports must be a list or tuple of module names, got {imports!r}")
+        raise ConfigError(f"imports must be a list or tuple of module names, got {shown(imports)}")
     names = tuple(imports)
     if wrong := [name for name in names if not isinstance(name, str) or not name]:
-        raise ConfigError(f"imports must be names of modules, got {', '.join(map(repr, wrong))}")
+        raise ConfigError(f"imports must be names of modules, got {', '.join(map(shown, wrong))}")
     return names
 
 
-def _checked_routes(routes: Mapping[str, Any]) -> dict[str, TaskRoute]:
+def _checked_routes(routes: object) -> dict[str, TaskRoute]:
     checks: dict[str, Callable[[object], object]] = {
         "queue": check_queue,
         "priority": check_priority,
         "dead_letter_queue": check_queue,
     }
+    if not isinstance(routes, Mapping):
+        raise ConfigError(f"task_routes must be a dict of task names or globs, got {shown(routes)}")
     errors = []
     checked = {}
     for pattern, route in routes.items():
+        if not isinstance(pattern, str):
+            errors.append(f"a task name or glob must be text, got {shown(pattern)}")
+            continue
         if not isinstance(route, Mapping):
-            errors.append(f"{pattern!r} must be a dict, got {route!r}")
+            errors.append(f"{pattern!r} must be a dict, got {shown(route)}")
             continue
         errors += [
             f"{pattern!r} has an unknown {name!r} (known are {', '.join(checks)})"
@@ -396,9 +426,10 @@ def load_app(target: str) -> PgQueue:
     module_name, colon, attribute = target.partition(":")
     if not colon:
         attribute = "app"
-    if not module_name or not attribute:
+    parts = [*module_name.split("."), attribute]
+    if not all(part.isidentifier() for part in parts):  # a relative name, a path: importing says less of them
         raise ConfigError(
-            f"an application is named module:attribute, got {target!r}; for example shop.app:app"
+            f"an application is named module:attribute, got {shown(target)}; for example shop.app:app"
         )
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -414,5 +445,7 @@ def load_app(target: str) -> PgQueue:
     if not isinstance(app, PgQueue):
         found = sorted(name for name, value in vars(module).items() if isinstance(value, PgQueue))
         hint = f"; there is {', '.join(f'{module_name}:{name}' for name in found)}" if found else ""
-        raise ConfigError(f"{target!r} must be a PgQueue, {module_name} has {attribute!r} = {app!r}{hint}")
+        raise ConfigError(
+            f"{target!r} must be a PgQueue, {module_name} has {attribute!r} = {shown(app)}{hint}"
+        )
     return app

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Literal
 
+from pgqueue.errors import shown
+
 LiveState = Literal["scheduled", "ready", "running"]
 EndState = Literal["succeeded", "cancelled", "expired", "dead"]
 State = Literal["scheduled", "ready", "running", "succeeded", "cancelled", "expired", "dead", "unknown"]
@@ -57,9 +59,9 @@ def check_id(job_id: object) -> str:
     """The id as text in its usual spelling; ValueError if it is not a UUID."""
     try:
         return str(job_id if isinstance(job_id, uuid.UUID) else uuid.UUID(str(job_id)))
-    except ValueError:
+    except Exception:  # also of a str() that fails
         raise ValueError(
-            f"job_id must be a UUID, got {job_id!r}; "
+            f"job_id must be a UUID, got {shown(job_id)}; "
             "a key of your own is the unique_key of pgqueue.enqueue() in SQL"
         ) from None
 
@@ -67,7 +69,7 @@ def check_id(job_id: object) -> str:
 def check_queue(queue: object) -> str:
     """The queue's name; ValueError if it is not 1 to 63 letters, digits or `_ . : -`."""
     if not isinstance(queue, str) or not _QUEUE_NAME.fullmatch(queue):
-        raise ValueError(f"a queue name is 1 to 63 letters, digits or '_.:-', got {queue!r}")
+        raise ValueError(f"a queue name is 1 to 63 letters, digits or '_.:-', got {shown(queue)}")
     return queue
 
 
@@ -76,14 +78,16 @@ def check_task_name(name: object) -> str:
     characters.
     """
     if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
-        raise ValueError(f"a task name is 1 to 255 characters without blanks, got {name!r}")
+        raise ValueError(f"a task name is 1 to 255 characters without blanks, got {shown(name)}")
     return name
 
 
 def check_priority(priority: object) -> int:
     """The priority; ValueError if it is not a whole number from 0 to 9."""
     if isinstance(priority, bool) or not isinstance(priority, int) or priority not in PRIORITIES:
-        raise ValueError(f"priority must be a whole number from 0 to 9 (larger runs first), got {priority!r}")
+        raise ValueError(
+            f"priority must be a whole number from 0 to 9 (larger runs first), got {shown(priority)}"
+        )
     return priority
 
 

@@ -28,6 +28,7 @@ from pgqueue.errors import (
     JobNotFound,
     ResultError,
     ResultUnavailable,
+    shown,
 )
 from pgqueue.job import FINISHED_STATES, State
 
@@ -132,7 +133,7 @@ class AsyncResult(Generic[R_co]):
         """Wait for the job's end; what it returned, as JSON values.
 
         Args:
-            timeout: Seconds; None waits for ever.
+            timeout: Seconds; None waits for ever, 0 or less looks once.
 
         Raises:
             JobFailed: It is a dead letter.
@@ -142,6 +143,8 @@ class AsyncResult(Generic[R_co]):
             ResultUnavailable: It succeeded, and its result was not stored.
             TimeoutError: It has not ended in time.
             RuntimeError: Called inside a task: jobs that wait for jobs stop a queue when all slots wait.
+            TypeError: `timeout` is not a number.
+            ValueError: `timeout` is NaN.
         """
         return drive(self._until_ended(timeout), self._perform)
 
@@ -154,6 +157,7 @@ class AsyncResult(Generic[R_co]):
             raise RuntimeError(
                 f"a task must not wait for another job ({self._id}): when all slots wait, none is left for it"
             )
+        timeout = _read_timeout(timeout)
         start = time.monotonic()
         known_until = start
         pause = FIRST_POLL
@@ -233,6 +237,17 @@ class AsyncResult(Generic[R_co]):
             error_message=outcome.error_message,
             remote_traceback=outcome.traceback,
         )
+
+
+def _read_timeout(timeout: object) -> float | None:
+    """Seconds; None, for ever, is also what thirty years are."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds or None, got {shown(timeout)}")
+    if timeout != timeout:
+        raise ValueError(f"timeout must be a number of seconds or None, got {shown(timeout)}")
+    return None if timeout > 1e9 else max(float(timeout), 0.0)
 
 
 def _twice() -> Generator[_Look, Outcome, Outcome]:

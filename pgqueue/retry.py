@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Final
 
-from pgqueue.errors import ConfigError, Retry, Signal
+from pgqueue.errors import ConfigError, Retry, Signal, shown
 from pgqueue.job import DeadReason
 
 FOREVER: Final = -1
 """`max_retries` without a limit."""
+
+MAX_RETRIES: Final = 2**31 - 1
+"""What the database's integer holds."""
 
 MAX_DELAY: Final = 10 * 366 * 86_400.0
 """Seconds; a longer delay is shortened to this, so that an eta always fits a timestamp."""
@@ -146,19 +149,21 @@ def _classes(name: str, value: object) -> tuple[type[BaseException], ...]:
     classes = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     for each in classes:
         if not isinstance(each, type) or not issubclass(each, BaseException) or issubclass(each, Signal):
-            raise ValueError(f"{name} must be exception classes, got {each!r}")
+            raise ValueError(f"{name} must be exception classes, got {shown(each)}")
     return classes
 
 
 def _limit(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < FOREVER:
-        raise ValueError(f"{name} must be a whole number from 0, or -1 for ever, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not FOREVER <= value <= MAX_RETRIES:
+        raise ValueError(
+            f"{name} must be a whole number from 0 to {MAX_RETRIES}, or -1 for ever, got {shown(value)}"
+        )
     return value
 
 
 def _seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_DELAY:
-        raise ValueError(f"{name} must be seconds from 0 to {MAX_DELAY:.0f}, got {value!r}")
+        raise ValueError(f"{name} must be seconds from 0 to {MAX_DELAY:.0f}, got {shown(value)}")
     return float(value)
 
 
@@ -170,16 +175,16 @@ def _backoff(name: str, value: object) -> float | None:
 
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
     return value
 
 
 def _retry_kwargs(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a dict with max_retries or countdown, got {value!r}")
+        raise ValueError(f"{name} must be a dict with max_retries or countdown, got {shown(value)}")
     found: dict[str, Any] = {}
     errors = [
-        f"{name} takes max_retries and countdown only, got {key!r}"
+        f"{name} takes max_retries and countdown only, got {shown(key)}"
         for key in value
         if key not in _RETRY_KWARGS
     ]

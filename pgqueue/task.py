@@ -31,12 +31,13 @@ from pgqueue.enqueue import (
     Client,
     JobOptions,
     build_request,
+    check_arguments,
     check_max_retries,
     check_option_names,
     check_seconds,
     check_time,
 )
-from pgqueue.errors import ConfigError, Retry
+from pgqueue.errors import ConfigError, Retry, shown
 from pgqueue.job import JobRequest, check_priority, check_queue, check_task_name, new_id
 from pgqueue.result import AsyncResult, current_request
 from pgqueue.retry import RETRY_OPTIONS, RetryPolicy
@@ -231,6 +232,8 @@ class TaskContext:
         """
         if countdown is not None and eta is not None:
             raise ValueError("countdown and eta exclude each other: give one of them")
+        if exc is not None and not isinstance(exc, BaseException):
+            raise TypeError(f"exc must be an exception, got {shown(exc)}")
         cause = exc if exc is not None else sys.exception()
         if self.request.called_directly and cause is not None:
             raise cause
@@ -444,8 +447,8 @@ class Task(Generic[P, R]):
         self, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
     ) -> JobRequest:
         """Check and encode a call. Names of options are checked already."""
-        if isinstance(args, (str, bytes)):
-            raise TypeError(f"{self.name}: args must be a list or tuple, got {args!r}")
+        if type(args) is not tuple or kwargs:
+            check_arguments(self.name, args, kwargs)
         encoded = self.codec.encode(args, kwargs)
         return build_request(
             self.name, *encoded, options, queue=self.queue, priority=self.priority, expires=self.expires
@@ -546,19 +549,21 @@ def check_task_options(options: Mapping[str, Any], known: frozenset[str], what: 
     """ConfigError naming all that is wrong with a task's options."""
     import difflib
 
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{what} must be a dict of options, got {shown(options)}")
     errors = []
-    for name in options.keys() - known:
-        close = difflib.get_close_matches(name, known, n=1)
+    for name in sorted(options.keys() - known, key=str):
+        close = difflib.get_close_matches(str(name), known, n=1)
         hint = _CELERY_OPTIONS.get(name) or (
             f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
         )
-        errors.append(f"unknown option {name!r} ({hint})")
+        errors.append(f"unknown option {shown(name)} ({hint})")
     for name, check in _CHECKS.items():
         try:
             if options.get(name) is not None:
                 check(options[name])
         except (ValueError, TypeError) as error:
-            errors.append(str(error))
+            errors.append(f"{'' if str(error).startswith(name) else f'{name}: '}{error}")
     try:
         RetryPolicy.from_options(_retry_options(options))
     except ConfigError as error:
@@ -573,12 +578,12 @@ def _retry_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_bind(bind: object) -> None:
     if not isinstance(bind, bool):
-        raise TypeError(f"bind must be True or False, got {bind!r}")
+        raise TypeError(f"bind must be True or False, got {shown(bind)}")
 
 
 def _check_expires(expires: object) -> None:
     if check_seconds("expires", expires) <= 0:
-        raise ValueError(f"expires must be greater than 0 seconds, got {expires!r}")
+        raise ValueError(f"expires must be greater than 0 seconds, got {shown(expires)}")
 
 
 _CHECKS: Final[dict[str, Callable[[Any], object]]] = {

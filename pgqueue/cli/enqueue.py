@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pgqueue.cli.context import Context
+from pgqueue.errors import shown
 
 
 def read_json(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -18,9 +19,13 @@ def read_json(ctx: click.Context, param: click.Parameter, value: str) -> str:
         # NaN and Infinity are Python's idea of JSON, not Postgres's.
         found = json.loads(value, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"--{param.name} must be a JSON {name}, got {value!r}: {error}", ctx) from None
+        # A number of over 4,300 digits is refused by name of a Python function.
+        why = "a number in it has too many digits" if "int_max_str" in str(error) else error
+        raise click.UsageError(
+            f"--{param.name} must be a JSON {name}, got {shown(value)}: {why}", ctx
+        ) from None
     if not isinstance(found, kind):
-        raise click.UsageError(f"--{param.name} must be a JSON {name}, got {value!r}", ctx)
+        raise click.UsageError(f"--{param.name} must be a JSON {name}, got {shown(value)}", ctx)
     return value
 
 
@@ -35,7 +40,7 @@ def read_time(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     try:
         moment = datetime.fromisoformat(value)
     except ValueError:
-        raise click.BadParameter(f"must be like 2026-01-31T09:00Z, got {value!r}") from None
+        raise click.BadParameter(f"must be like 2026-01-31T09:00Z, got {shown(value)}") from None
     if moment.tzinfo is None:
         raise click.BadParameter(f"must have a timezone, as in {moment.isoformat()}Z, got {value!r}")
     return moment

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pgqueue.cli.context import Context
+from pgqueue.cli.options import MOST_ROWS, Seconds
 from pgqueue.cli.output import duration, repeat, table
 from pgqueue.database.session import Session, open_session
 from pgqueue.database.stats import ActiveJob, QueueStats, list_active_jobs, list_queues
@@ -18,7 +19,7 @@ from pgqueue.database.stats import ActiveJob, QueueStats, list_active_jobs, list
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line each time.")
 _watch = click.option(
     "--watch",
-    type=click.FloatRange(min=0.1),
+    type=Seconds(0.1),
     metavar="SECONDS",
     help="Look again every so often, until Ctrl-C.",
 )
@@ -40,7 +41,9 @@ Examples:
   pgqueue inspect active
   pgqueue inspect active --json | jq '.[] | select(.active) | .task'"""
 )
-@click.option("--limit", type=click.IntRange(1), default=1000, show_default=True, help="So many at most.")
+@click.option(
+    "--limit", type=click.IntRange(1, MOST_ROWS), default=1000, show_default=True, help="So many at most."
+)
 @_watch
 @_json
 @click.pass_obj

@@ -27,9 +27,14 @@ _HIDDEN = re.compile(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _CONTROL_IN_LINES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
+def is_terminal(stream: Any) -> bool:
+    """Whether this stream is one; it is None when the shell has closed it."""
+    return stream is not None and bool(stream.isatty())
+
+
 def console() -> Console:
     """Standard output: with the terminal's colours and width, or plain."""
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         return Console(highlight=False)
     return Console(highlight=False, width=NO_WRAP, color_system=None, force_terminal=False)
 
@@ -85,7 +90,7 @@ def clean_lines(value: object) -> str:
 def shortened(value: object, length: int) -> str:
     """`clean`, cut on a terminal; a pipe gets it all."""
     text = clean(value)
-    return f"{text[: length - 1]}…" if sys.stdout.isatty() and len(text) > length else text
+    return f"{text[: length - 1]}…" if is_terminal(sys.stdout) and len(text) > length else text
 
 
 def duration(seconds: float | None) -> str:
@@ -118,7 +123,7 @@ def repeat(
         show_json(found) if as_json else show(render(found))
         return
     try:
-        if as_json or not sys.stdout.isatty():
+        if as_json or not is_terminal(sys.stdout):
             while True:
                 found = look()
                 click.echo(to_json(found)) if as_json else show(render(found))

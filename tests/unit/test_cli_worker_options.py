@@ -41,7 +41,7 @@ def test_queues_are_read(text: str | None, queues: list[str], weights: dict[str,
         (":3", "a queue name is 1 to 63"),
         ("a,b,a", "queue 'a' is named twice"),
         ("a:1,a:2", "queue 'a' is named twice"),
-        ("a:0", "a weight must be above 0, got 'a:0'"),
+        ("a:0", r"a weight must be above 0 and at most"),
         ("a:3,b", "without one: b"),
         ("a,b:3,c", "without one: a, c"),
     ],
@@ -83,6 +83,7 @@ def test_flags_reach_the_worker(started: Started) -> None:
         *("-A", "shop.app:app", "--dsn", "postgresql://x/y", "--schema", "jobs"),
         *("worker", "-Q", "high:3,normal:1", "-c", "4", "-l", "debug", "--heartbeat", "1", "--lease", "9"),
         *("--poll-interval", "2", "--shutdown-timeout", "0", "--max-crashes", "5"),
+        *("--listen-dsn", "postgresql://direct/y", "--no-listen"),
     )
     assert status == 0
     assert started.target == "shop.app:app"
@@ -97,6 +98,8 @@ def test_flags_reach_the_worker(started: Started) -> None:
         "heartbeat": 1.0,
         "lease": 9.0,
         "poll_interval": 2.0,
+        "listen_dsn": "postgresql://direct/y",
+        "listen": False,
         "shutdown_timeout": 0.0,
         "max_crashes": 5,
     }
