@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 ORDERS ?= 200
 PYTEST_ARGS ?=
+# Most tests wait for processes most of the time: three at a time take a third of it, on two CPUs.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile
 # Tests and checks look at these, as far as they are there.
 CODE := $(wildcard pgqueue examples migrations tests benchmarks scripts)
 TYPED := $(wildcard pgqueue examples)
@@ -33,8 +35,8 @@ demo: install ## run the example shop on an embedded Postgres (ORDERS=200)
 	@$(BIN)/pgqueue demo --orders $(ORDERS)
 
 .PHONY: test
-test: install check ## install, check, and run every test; what CI runs
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: install check tools ## install, check, and run every test but the slow ones; what CI runs
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 	@echo "a worker against the bare SQL loop, as a ratio:"
 	@$(BIN)/python benchmarks/drain.py --only drain --jobs 20000 --runs 3 --check 0.15
 
@@ -67,8 +69,30 @@ imports: install ## import-linter: imports go down only
 test-fast: install ## unit and integration tests only
 	$(BIN)/python -m pytest tests/unit tests/integration $(PYTEST_ARGS)
 
+.PHONY: test-faults
+test-faults: install tools ## the whole fault suite (25 minutes); writes its table into docs/reliability.md
+	PGQUEUE_WRITE_DOCS=1 $(PYTEST) tests/faults -m "slow or not slow" $(PYTEST_ARGS)
+
+# Programs that some tests of faults use, and the Debian packages that bring them.
+TOOLS := ip:iproute2 iptables:iptables faketime:faketime pgbouncer:pgbouncer strace:strace unshare:util-linux
+.PHONY: tools
+tools: ## install the programs that tests of faults use, as root on Debian; elsewhere say which are missing
+	@missing=""; \
+	for tool in $(TOOLS); do \
+	  PATH="$$PATH:/usr/sbin:/sbin" command -v "$${tool%%:*}" >/dev/null || missing="$$missing $${tool##*:}"; \
+	done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "apt-get install$$missing"; export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get install -y -q --no-install-recommends $$missing >/dev/null 2>&1 \
+	    || { apt-get update -q >/dev/null 2>&1; apt-get install -y -q --no-install-recommends $$missing >/dev/null 2>&1; } \
+	    || echo "could not install$$missing: the tests that need them are skipped" >&2; \
+	else \
+	  echo "missing packages:$$missing; the tests that need them are skipped (apt-get install$$missing as root)" >&2; \
+	fi
+
 .PHONY: test-pg15
-test-pg15: install ## every test on Debian's PostgreSQL 15
+test-pg15: install ## make test's tests on Debian's PostgreSQL 15
 	@if [ ! -x /usr/lib/postgresql/15/bin/postgres ]; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo "apt-get install postgresql-15"; \
@@ -78,11 +102,11 @@ test-pg15: install ## every test on Debian's PostgreSQL 15
 	    echo "error: make test-pg15 needs /usr/lib/postgresql/15/bin; run apt-get install postgresql-15 as root" >&2; exit 1; \
 	  fi; \
 	fi
-	PGQUEUE_TEST_PG=15 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	PGQUEUE_TEST_PG=15 $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: test-pg16
-test-pg16: install ## every test on PostgreSQL 16, from the wheel
-	PGQUEUE_TEST_PG=16 $(BIN)/python -m pytest $(PYTEST_ARGS)
+test-pg16: install ## make test's tests on PostgreSQL 16, from the wheel
+	PGQUEUE_TEST_PG=16 $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: install ## measure how fast a worker drains a queue

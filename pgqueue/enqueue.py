@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar
 from uuid import UUID
@@ -27,8 +27,10 @@ from pgqueue.database.connection import (
     Channel,
     ConnectionLost,
     Copy,
+    NotReplicated,
     Pause,
     Plan,
+    Refused,
     Statement,
     Steps,
     SyncCaller,
@@ -36,7 +38,9 @@ from pgqueue.database.connection import (
     check_install,
     drive,
 )
-from pgqueue.errors import ConfigError, DatabaseUnavailable, EnqueueUncertain
+from pgqueue.database.dsn import cut
+from pgqueue.errors import ConfigError, DatabaseError, EnqueueUncertain, shown
+from pgqueue.failpoints import armed, failpoint
 from pgqueue.job import JobRequest, check_id, check_priority, check_queue, new_id
 
 if TYPE_CHECKING:
@@ -109,8 +113,19 @@ def check_option_names(call: str, options: Mapping[str, object]) -> None:
     """TypeError naming ours, if an option is not of `JobOptions`."""
     if options.keys() <= JOB_OPTIONS:
         return
-    unknown = [f"{name!r}{_meant(name)}" for name in options if name not in JOB_OPTIONS]
+    unknown = [f"{shown(name)}{_meant(str(name))}" for name in options if name not in JOB_OPTIONS]
     raise TypeError(f"{call}() got an unknown option {', '.join(unknown)}")
+
+
+def check_arguments(task: str, args: object, kwargs: object) -> None:
+    """TypeError unless args is a list, a tuple or the like, and kwargs a mapping with text as keys."""
+    if not isinstance(args, Sequence) or isinstance(args, (str, bytes, bytearray)):
+        raise TypeError(f"{task}: args must be a list or tuple, got {shown(args)}")
+    if not isinstance(kwargs, Mapping):
+        raise TypeError(f"{task}: kwargs must be a mapping, got {shown(kwargs)}")
+    for name in kwargs:
+        if not isinstance(name, str):
+            raise TypeError(f"{task}: names in kwargs must be text, got {shown(name)}")
 
 
 def _meant(name: str) -> str:
@@ -175,7 +190,7 @@ def build_request(
 def check_time(name: str, value: object) -> datetime:
     """The time in UTC; TypeError unless it is a datetime, ValueError unless it has a timezone."""
     if not isinstance(value, datetime):
-        raise TypeError(f"{name} must be a datetime with a timezone, got {value!r}")
+        raise TypeError(f"{name} must be a datetime with a timezone, got {shown(value)}")
     if value.utcoffset() is None:
         raise ValueError(
             f"{name} must have a timezone, got {value!r}; for UTC use {name}.replace(tzinfo=timezone.utc)"
@@ -193,9 +208,11 @@ def check_seconds(name: str, value: object) -> float:
     """A finite number of seconds; a negative one is in the past."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         expected = "a number of seconds" if name == "countdown" else "a number of seconds or a datetime"
-        raise TypeError(f"{name} must be {expected}, got {value!r}")
-    if not math.isfinite(value) or abs(value) > MAX_SECONDS:
-        raise ValueError(f"{name} must be a finite number of seconds before the year 9999, got {value!r}")
+        raise TypeError(f"{name} must be {expected}, got {shown(value)}")
+    if not abs(value) <= MAX_SECONDS:  # NaN is not, and a whole number too large for a float is compared too
+        raise ValueError(
+            f"{name} must be a finite number of seconds before the year 9999, got {shown(value)}"
+        )
     return max(float(value), -LONG_AGO)
 
 
@@ -204,20 +221,25 @@ def check_max_retries(value: object) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"max_retries must be a whole number, got {value!r}")
+        raise TypeError(f"max_retries must be a whole number, got {shown(value)}")
     if value < -1 or value > 2**31 - 1:
-        raise ValueError(f"max_retries must be at least 0, or -1 for ever, got {value}")
+        raise ValueError(f"max_retries must be from 0 to {2**31 - 1}, or -1 for ever, got {shown(value)}")
     return value
 
 
 def _encode_headers(headers: object) -> str:
     if not isinstance(headers, Mapping):
-        raise TypeError(f"headers must be a mapping, got {headers!r}")
+        raise TypeError(f"headers must be a mapping, got {shown(headers)}")
     return encode_headers(headers)
 
 
-def insert_one(request: JobRequest, *, repeated: bool = False) -> Plan[str]:
-    """Enqueue one job; its id. `repeated`: it may be there already, or have ended."""
+def insert_one(request: JobRequest, *, repeated: bool = False, flush: bool = False) -> Plan[str]:
+    """Enqueue one job; its id.
+
+    Args:
+        repeated: It may be there already, or have ended.
+        flush: If it is, see to it that COMMIT waits until that is safe, on disk and on synchronous standbys.
+    """
     parameters = {
         "task": request.task,
         "args": request.args,
@@ -232,6 +254,7 @@ def insert_one(request: JobRequest, *, repeated: bool = False) -> Plan[str]:
         "headers": request.headers,
         "max_retries": request.max_retries,
         "new_id": not (repeated or request.given_id),
+        "flush": flush,
     }
 
     def plan(channel: Channel) -> Steps[str]:
@@ -242,8 +265,13 @@ def insert_one(request: JobRequest, *, repeated: bool = False) -> Plan[str]:
     return plan
 
 
-def insert_many(requests: Sequence[JobRequest], *, repeated: bool = False) -> Plan[list[str]]:
-    """Enqueue jobs; their ids in order. By COPY, if ids are fresh, and role and connection allow."""
+def insert_many(
+    requests: Sequence[JobRequest], *, repeated: bool = False, flush: bool = False
+) -> Plan[list[str]]:
+    """Enqueue jobs; their ids in order. By COPY, if ids are fresh, and role and connection allow.
+
+    `repeated` and `flush` are those of `insert_one`.
+    """
 
     def plan(channel: Channel) -> Steps[list[str]]:
         if not requests:
@@ -257,6 +285,8 @@ def insert_many(requests: Sequence[JobRequest], *, repeated: bool = False) -> Pl
         for chunk in _chunks(requests, CHUNK):
             parameters = {"jobs": _jobs_json(chunk, now), "new_ids": new_ids}
             ids += [row[0] for row in (yield Statement("enqueue_jobs", parameters))]
+        if flush and not new_ids:
+            yield Statement("flush_log", {})
         return ids
 
     return plan
@@ -267,9 +297,15 @@ def in_transaction_of_caller(plan: Plan[T], home: str | None) -> Plan[T]:
 
     def checked(channel: Channel) -> Steps[T]:
         yield from check_install(channel, home)
-        return (yield from plan(channel))
+        return (yield from _before_commit(plan, channel))
 
     return checked
+
+
+def _before_commit(plan: Plan[T], channel: Channel) -> Steps[T]:
+    result = yield from plan(channel)
+    failpoint("enqueue_before_commit", lambda: cut(channel.physical))
+    return result
 
 
 _COPY_COLUMNS: Final = (
@@ -383,20 +419,34 @@ def until_settled(
     """
     deadline = 0.0
     lost: ConnectionLost | None = None
+    refused: Refused | None = None
     for pause in (0.0, *_PAUSES):
-        if lost is not None:
+        if pause:
             yield Pause(pause)
         try:
-            result: T = yield Attempt(plan_for(lost is not None), atomic or lost is not None)
+            plan = partial(_before_commit, plan_for(lost is not None))
+            result: T = yield Attempt(plan, atomic or lost is not None or armed)
+            failpoint("enqueue_after_commit")
             return result
         except ConnectionLost as error:
-            deadline = deadline or time.monotonic() + REPEAT_FOR
             lost = error
-        except DatabaseUnavailable:
-            if lost is None:  # nothing was sent, so nothing is uncertain
+        except NotReplicated as error:
+            # Not repeated: the row is there, so a repeat would have nothing to wait for, or wait for ever.
+            raise EnqueueUncertain(
+                f"somebody cut the wait for synchronous replication short: job {job_id} is enqueued on this "
+                "server, and would be lost in a failover; repeat the call with this job_id",
+                job_id=job_id,
+            ) from error
+        except Refused as error:
+            refused = error
+        except DatabaseError:
+            if lost is None:  # nothing took effect, so nothing is uncertain
                 raise
+        deadline = deadline or time.monotonic() + REPEAT_FOR
         if time.monotonic() > deadline:
             break
+    if lost is None and refused is not None:
+        raise refused
     raise EnqueueUncertain(
         f"the connection broke and the database did not come back within {REPEAT_FOR:g} s: job {job_id} may "
         "or may not be enqueued; repeat the call with this job_id",
@@ -468,7 +518,7 @@ class Client:
 
     def _one(self, request: JobRequest) -> Generator[Attempt | Pause, Any, str]:
         return until_settled(
-            lambda repeated: insert_one(request, repeated=repeated),
+            lambda repeated: insert_one(request, repeated=repeated, flush=repeated or request.given_id),
             atomic=request.given_id,
             job_id=request.id,
         )
@@ -476,7 +526,7 @@ class Client:
     def _many(self, requests: Sequence[JobRequest]) -> Generator[Attempt | Pause, Any, list[str]]:
         first = requests[0].id if requests else ""
         return until_settled(
-            lambda repeated: insert_many(requests, repeated=repeated), atomic=True, job_id=first
+            lambda repeated: insert_many(requests, repeated=repeated, flush=True), atomic=True, job_id=first
         )
 
     def _perform(self, step: Attempt | Pause) -> Any:
@@ -495,13 +545,13 @@ class Client:
 
     def _in_transaction(self, plan: Plan[T], caller: SyncCaller) -> T:
         if self._must_ask_home():
-            with contextlib.suppress(DatabaseUnavailable):
+            with contextlib.suppress(DatabaseError):
                 self._home = self.database.find_install()
         return caller.run(self.schema, in_transaction_of_caller(plan, self._home))
 
     async def _ain_transaction(self, plan: Plan[T], caller: AsyncCaller) -> T:
         if self._must_ask_home():
-            with contextlib.suppress(DatabaseUnavailable):
+            with contextlib.suppress(DatabaseError):
                 self._home = await self.database.afind_install()
         return await caller.run(self.schema, in_transaction_of_caller(plan, self._home))
 

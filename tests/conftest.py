@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import subprocess
 import time
 import warnings
@@ -184,7 +185,17 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"PGQUEUE_TEST_ISOLATION must be one of {', '.join(ISOLATION_LEVELS)}, got {isolation!r}"
         )
+    _hear_signals()
     config.stash[POSTGRES] = Postgres()
+
+
+def _hear_signals() -> None:
+    """What is ignored here would be ignored by every program that a test starts and stops by a signal: shells
+    start background jobs so.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

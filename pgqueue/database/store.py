@@ -14,6 +14,7 @@ the database's clock is compared or stored.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,10 +23,13 @@ import msgspec
 import psycopg
 from psycopg.rows import tuple_row
 
-from pgqueue.database.dsn import connect_options, one_line, unreachable
+from pgqueue.database.dsn import connect_options, cut, cut_short, is_pooled, one_line, unreachable
 from pgqueue.database.queries import query
 from pgqueue.errors import DatabaseError, DatabaseUnavailable
+from pgqueue.failpoints import armed, failpoint
 from pgqueue.job import DeadReason
+
+log = logging.getLogger("pgqueue.worker")
 
 Row = tuple[Any, ...]
 
@@ -46,32 +50,53 @@ class GroupFailed(DatabaseError):
     """A group of calls failed; the groups before it are committed, those after it did not start.
 
     Attributes:
+        sqlstate: What it was refused with.
         group: Index of the group that failed.
         rows: The answers of the groups before it.
-        is_passing: The database is in trouble or busy, the statement is not to blame: conflicts (40), out of
-            disk or connections (53), locks (55), timeouts and shutdowns (57), I/O errors (58), read-only
-            (25).
+        blames_the_row: It will be refused again: a value (22), a constraint (23), a limit (54), or a trigger
+            of somebody's own (P0). Everything else passes: conflicts, locks, timeouts, a full disk, rights
+            that are missing.
     """
 
     def __init__(
         self, message: str, *, sqlstate: str | None, group: int, rows: list[list[list[Row]]]
     ) -> None:
         super().__init__(message)
+        self.sqlstate = sqlstate
         self.group = group
         self.rows = rows
-        self.is_passing = sqlstate is None or sqlstate[:2] in ("25", "40", "53", "55", "57", "58")
+        self.blames_the_row = sqlstate is not None and sqlstate[:2] in ("22", "23", "54", "P0")
+
+
+QUERY_CANCELED = "57014"
+"""SQLSTATE of a statement that took longer than it may."""
+
+ANSWER_PATIENCE = 5.0
+"""Seconds beyond its statement timeout after which a server that has not answered is given up: its process is
+frozen, or waits where no timeout reaches, as for a synchronous standby."""
 
 
 class Link:
-    """One connection of a worker: opened on first use, opened again after it broke."""
+    """One connection of a worker: opened on first use, opened again after it broke.
+
+    Args:
+        statement_timeout: Seconds.
+        lock_timeout: Seconds.
+    """
 
     def __init__(
-        self, dsn: str, *, schema: str, name: str, statement_timeout: str = "10s", lock_timeout: str = "2s"
+        self, dsn: str, *, schema: str, name: str, statement_timeout: float = 10, lock_timeout: float = 2
     ) -> None:
         self._dsn = dsn
         self._schema = schema
         self._name = name
-        self._timeouts = {"statement_timeout": statement_timeout, "lock_timeout": lock_timeout}
+        self._timeouts = {
+            "statement_timeout": f"{statement_timeout:g}s",
+            "lock_timeout": f"{lock_timeout:g}s",
+        }
+        self._patience = statement_timeout + ANSWER_PATIENCE
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._silent = False
         self._connection: psycopg.AsyncConnection[Row] | None = None
         self._lock = asyncio.Lock()
         self.opened = 0
@@ -91,9 +116,32 @@ class Link:
             )
         except psycopg.OperationalError as error:
             raise unreachable(error) from error
+        await self._settle(connection)
         self._connection = connection
         self.opened += 1
         return connection
+
+    async def _settle(self, connection: psycopg.AsyncConnection[Row]) -> None:
+        """Find out whether it goes through a pooler, where nothing can be prepared."""
+        connection.add_notice_handler(self._on_notice)
+        self._watch(connection)
+        try:
+            cursor = await connection.execute("SELECT pg_backend_pid()", prepare=False)
+            ((pid,),) = await cursor.fetchall()
+        except psycopg.Error as error:
+            await connection.close()
+            raise unreachable(error) from error
+        except asyncio.CancelledError:
+            connection.pgconn.finish()
+            raise
+        finally:
+            self._stop_watching()
+        if is_pooled(pid, connection):
+            connection.prepare_threshold = None
+
+    def _on_notice(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        if cut_short(diagnostic):
+            log.warning("commit_not_replicated connection=%s", self._name)
 
     async def close(self) -> None:
         """Close the connection; a later call opens another."""
@@ -117,8 +165,10 @@ class Link:
             begin = query("begin_work", self._schema).text
             cursors: list[list[psycopg.AsyncCursor[Row]]] = []
             commits: list[psycopg.AsyncCursor[Row]] = []
+            # Not asyncio.timeout(): cancelled, psycopg waits for the server, which is what does not answer.
+            self._watch(connection)
             try:
-                async with connection.pipeline():
+                async with connection.pipeline() as pipeline:
                     for group in groups:
                         await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
                         await connection.execute(begin, self._timeouts)
@@ -128,7 +178,12 @@ class Link:
                                 for call in group
                             ]
                         )
+                        if armed:
+                            await _come_by(_BEFORE_COMMIT, group, connection, pipeline)
                         commits.append(await connection.execute("COMMIT"))
+                        if armed:
+                            await _come_by(_AFTER_COMMIT, group, connection, pipeline)
+                self._silent = False
                 return [
                     [await cursor.fetchall() if cursor.description else [] for cursor in group]
                     for group in cursors
@@ -139,6 +194,26 @@ class Link:
                 # The pipeline may be half sent: only a new connection is in a known state.
                 await self.close()
                 raise
+            finally:
+                self._stop_watching()
+
+    def _watch(self, connection: psycopg.AsyncConnection[Row]) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self._patience
+        self._watchdog = loop.call_at(due, self._give_up, connection, due)
+
+    def _stop_watching(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+
+    def _give_up(self, connection: psycopg.AsyncConnection[Row], due: float) -> None:
+        if asyncio.get_running_loop().time() - due > ANSWER_PATIENCE / 2:
+            self._watch(connection)  # it was we who were frozen: the answer may lie there unread
+            return
+        if not self._silent:  # once for an outage
+            log.warning("database_silent connection=%s seconds=%g", self._name, self._patience)
+            self._silent = True
+        cut(connection)
 
     async def _failure(
         self,
@@ -147,7 +222,11 @@ class Link:
         cursors: list[list[psycopg.AsyncCursor[Row]]],
         commits: list[psycopg.AsyncCursor[Row]],
     ) -> DatabaseError:
-        if connection.closed or (isinstance(error, psycopg.OperationalError) and not _is_refusal(error)):
+        if (
+            connection.closed
+            or error.sqlstate == "25006"  # read-only: the primary has become, or we are led to, a standby
+            or (isinstance(error, psycopg.OperationalError) and not _is_refusal(error))
+        ):
             await self.close()
             return DatabaseUnavailable(f"lost the database: {one_line(error)}")
         committed = 0
@@ -165,6 +244,29 @@ class Link:
         return GroupFailed(message, sqlstate=_sqlstate(error), group=committed, rows=rows)
 
 
+_BEFORE_COMMIT = {
+    "claim_jobs": "claim_before_commit",
+    "rescue_jobs": "rescue_mid_batch",
+    "promote_jobs": "promote_mid_batch",
+}
+_AFTER_COMMIT = {
+    "claim_jobs": "claim_after_commit",
+    **dict.fromkeys(("ack_finished", "ack_retried", "ack_dead", "release_jobs"), "ack_sent"),
+}
+
+
+async def _come_by(
+    places: Mapping[str, str],
+    group: Sequence[Call],
+    connection: psycopg.AsyncConnection[Row],
+    pipeline: psycopg.AsyncPipeline,
+) -> None:
+    """Pass the failpoints of these calls, once the server has done what was sent so far."""
+    for place in {places[call.name] for call in group if call.name in places}:
+        await pipeline.sync()
+        failpoint(place, lambda: cut(connection))
+
+
 def _sqlstate(error: psycopg.Error) -> str | None:
     """The error's code; a row that met the making of its partition counts as a conflict: repeated, it fits.
 
@@ -177,14 +279,10 @@ def _sqlstate(error: psycopg.Error) -> str | None:
 
 
 def _is_refusal(error: psycopg.OperationalError) -> bool:
-    """Errors psycopg files under Operational although the connection is fine: timeouts, deadlocks, disk
-    full.
+    """Errors psycopg files under Operational although the connection is fine: timeouts, deadlocks, limits,
+    disk full.
     """
-    return (
-        error.sqlstate is not None
-        and error.sqlstate[:2] in ("40", "53", "55", "57")
-        and error.sqlstate[:4] != "57P0"
-    )
+    return error.sqlstate is not None and error.sqlstate[:2] != "08" and error.sqlstate[:4] != "57P0"
 
 
 class ClaimedJob(msgspec.Struct, array_like=True):
@@ -263,6 +361,7 @@ class Outcome(msgspec.Struct):
         kind: For `retry` and `bury`: what the failures row says.
         started, finished: Seconds on the caller's monotonic clock, for `finish`.
         uncertain: It was sent before and the answer was lost; finding nothing is no news then.
+        queue: For `release`: who sleeps on it is to be told.
     """
 
     id: str
@@ -283,6 +382,7 @@ class Outcome(msgspec.Struct):
     error_message: str | None = None
     traceback: str | None = None
     uncertain: bool = False
+    queue: str = ""
 
 
 def ack_calls(outcomes: Iterable[Outcome], now: float) -> list[tuple[Call, list[Outcome]]]:

@@ -25,6 +25,7 @@ import msgspec
 from pgqueue.database.dsn import retry_delay
 from pgqueue.database.store import (
     CLAIM_LIMIT,
+    QUERY_CANCELED,
     Call,
     Claim,
     ClaimedJob,
@@ -37,6 +38,7 @@ from pgqueue.database.store import (
     decode_claimed,
 )
 from pgqueue.errors import DatabaseUnavailable
+from pgqueue.failpoints import failpoint
 from pgqueue.worker.dispatcher import Dispatcher
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes, Plan
@@ -53,6 +55,9 @@ RUSH = 200
 in claims: producers that wait for each other's NOTIFY are slow, and few claims would seem to find work."""
 RUSH_PAUSE = 0.003
 DISARM_INTERVAL = 1.0
+STRAYS_INTERVAL = 30.0
+"""Seconds between looks for jobs that run under our name without our knowing. A claim whose answer was lost
+may be committed long after we have a new connection: its process was frozen, or waited for a standby."""
 
 
 class Claimer:
@@ -61,7 +66,8 @@ class Claimer:
     Args:
         dispatch: Called after jobs have been claimed: send them out.
         next_eta: Seconds until the next scheduled job that this worker knows of, None for none.
-        share: Called with the queues of a claim that came back full: somebody who sleeps may help.
+        share: Called with the queues of a claim that came back full, or of jobs given back: somebody who
+            sleeps may help.
         retried: Called when the database has confirmed retries, with the seconds until the first is due.
     """
 
@@ -91,8 +97,11 @@ class Claimer:
         self._random = random
         self._event = asyncio.Event()
         self._acking: list[Outcome] = []
+        self._aside: list[Outcome] = []
+        self._bare = False
         self._first_outcome: float | None = None
         self._opened = 0
+        self._strays_at = 0.0
         self._looking = False
         self._wake_now = False
         self._pause = FIRST_PAUSE
@@ -103,9 +112,13 @@ class Claimer:
         self._found = 0
         self._failures = 0
         self._finishing = False
+        self.hears = False
+        """Whether notifications are known to reach this worker. If not, it asks for none, and polls."""
         self.draining = False
         self.last_claim: float | None = None
         """When a claim last succeeded: a worker's liveness."""
+        self.last_failure: float | None = None
+        self.failing_since: float | None = None
 
     @property
     def asleep(self) -> bool:
@@ -125,6 +138,13 @@ class Claimer:
     def serve(self, queue: str) -> None:
         """Serve one more queue, and ask to be woken for it too."""
         self._lanes.add(queue)
+        self._armed_at = None
+        self.wake()
+
+    def hear(self, hears: bool, poll_interval: float) -> None:
+        """Notifications reach this worker from now on, or do not; look for jobs in either case."""
+        self.hears = hears
+        self._poll_interval = poll_interval
         self._armed_at = None
         self.wake()
 
@@ -149,6 +169,7 @@ class Claimer:
                 if self._failures:
                     log.info("database_back connection=claim failures=%d", self._failures)
                 self._failures = 0
+                self.failing_since = None
             except (DatabaseUnavailable, GroupFailed) as error:
                 await self._back_off(str(error))
 
@@ -165,10 +186,13 @@ class Claimer:
         self._wake_now = False
         if self._link.opened != self._opened or not await self._alive():
             await self._reconcile()
+        elif now >= self._strays_at:
+            await self._adopt_strays()
         await self._round(wanted if claim else 0, now)
 
     async def flush(self) -> None:
         """Ack everything there is, without claiming, for as long as it takes."""
+        self._try_aside_again()
         while self.unacked:
             try:
                 await self._round(0, clock())
@@ -219,13 +243,22 @@ class Claimer:
 
     async def _reconcile(self) -> None:
         """On a new connection: adopt what runs under our name without our knowing, and sweep."""
-        adopted = await self._adopt(self._identity.id)
-        if adopted:
-            log.warning("claim_adopted jobs=%d", adopted)
+        await self._adopt_strays()
         self._opened = self._link.opened
         self._armed_at = None
         self._looking = False
         self._lanes.forget_sweeps()
+
+    async def _adopt_strays(self) -> None:
+        self._strays_at = clock() + STRAYS_INTERVAL
+        self._try_aside_again()
+        adopted = await self._adopt(self._identity.id)
+        if adopted:
+            log.warning("claim_adopted jobs=%d", adopted)
+
+    def _try_aside_again(self) -> None:
+        self._dispatcher.outcomes += self._aside
+        self._aside = []
 
     async def _round(self, wanted: int, now: float) -> None:
         """Acks, the wake hint and a claim, as far as each is due, in one round trip."""
@@ -244,7 +277,7 @@ class Claimer:
             hint = self._hint(now)
             if hint is not None:
                 groups.append([self._hint_call(hint)])
-            groups.append([Call("claim_jobs", {**plan.parameters(), "worker": worker})])
+            groups.append([Call("claim_jobs", {**plan.parameters(), "worker": worker, "bare": self._bare})])
         if not groups:
             return
         try:
@@ -255,12 +288,15 @@ class Claimer:
             raise
         except GroupFailed as error:
             if not acks or error.group > 0:
+                # Arguments of a few bytes may be a gigabyte as text: then claim without printing any.
+                self._bare = plan is not None and (error.blames_the_row or error.sqlstate == QUERY_CANCELED)
                 if acks:
                     self._acked(batch, acks, error.rows[0])
                 raise
             await self._split(batch, error)
             return
         if acks:
+            failpoint("ack_after_commit")
             self._acked(batch, acks, answers[0])
         if plan is not None:
             if hint is not None:
@@ -275,7 +311,7 @@ class Claimer:
             if self._armed_at is not None and rushing and now - self._disarmed_at >= DISARM_INTERVAL:
                 return False
             return None
-        if self._armed_at is None or now - self._armed_at >= RENEW:
+        if self.hears and (self._armed_at is None or now - self._armed_at >= RENEW):
             return True
         return None
 
@@ -285,13 +321,14 @@ class Claimer:
         return Call("disarm_wake", {"queues": sorted(self._lanes.queues)})
 
     async def _claimed(self, plan: Plan, rows: list[Row], worker: str, now: float) -> None:
+        self.last_claim = now
+        self._bare = False
         try:
             claim = decode_claim(rows, worker)
         except (msgspec.DecodeError, RecursionError) as error:
             log.error("claim_undecodable error=%s", error)
             await self._adopt(worker)
             return
-        self.last_claim = now
         more = self._lanes.absorb(
             plan, [(job.queue, job.priority, job.position) for job in claim.jobs], claim.xmin, claim.xmax, now
         )
@@ -340,9 +377,15 @@ class Claimer:
     async def _adopt(self, worker: str) -> int:
         """Take over, row by row, the jobs that run under our name without our knowing; returns how many."""
         jobs, unreadable = decode_claimed(await self._link.call("list_claimed", worker=worker), worker)
-        held = self._dispatcher.holds | {outcome.id for outcome in self._acking}
-        unknown = [job for job in jobs if job.id not in held]
-        self._dispatcher.outcomes += [outcome for outcome in unreadable if outcome.id not in held]
+        held = self._dispatcher.holds
+        # By attempt: a job we gave back may have been claimed again in the round trip whose answer was lost.
+        ended = {(outcome.id, outcome.attempt) for outcome in self._acking}
+        unknown = [job for job in jobs if job.id not in held and (job.id, job.attempt) not in ended]
+        self._dispatcher.outcomes += [
+            outcome
+            for outcome in unreadable
+            if outcome.id not in held and (outcome.id, outcome.attempt) not in ended
+        ]
         self._take(unknown)
         return len(unknown)
 
@@ -354,6 +397,9 @@ class Claimer:
         delays = [outcome.delay for outcome in batch if outcome.verb == "retry"]
         if delays:
             self._retried(min(delays))
+        released = {outcome.queue for outcome in batch if outcome.verb == "release"}
+        if released:
+            self._share(sorted(released))  # others have looked through the lanes that these were taken from
         for (_, outcomes), answer in zip(acks, rows, strict=True):
             done, done_ids = answer[0]
             if done == len(outcomes):
@@ -376,7 +422,7 @@ class Claimer:
         """An ack was refused: halve the batch until the one job at fault stands alone, and replace what it
         stores.
         """
-        if why.is_passing:
+        if not why.blames_the_row:
             raise why
         if len(batch) > 1:
             middle = len(batch) // 2
@@ -389,8 +435,10 @@ class Claimer:
             outcome.result, outcome.result_error = None, f"the database refused the result: {why}"[:1000]
         elif outcome.verb in ("retry", "bury") and outcome.traceback is not None:
             outcome.error_message, outcome.traceback = "(the database refused the error's text)", None
-        else:
-            raise why  # nothing of it is left to blame: it stays for the next round
+        else:  # nothing of it is left to blame: it must not hold up the others
+            self._acking = [other for other in self._acking if other is not outcome]
+            self._aside.append(outcome)
+            return
         await self._ack_alone([outcome])
 
     async def _ack_alone(self, batch: list[Outcome]) -> None:
@@ -413,6 +461,8 @@ class Claimer:
     async def _back_off(self, why: str) -> None:
         """Wait before trying again, longer each time; one line in the log for an outage, not one per try."""
         self._failures += 1
+        self.last_failure = clock()
         if self._failures == 1:
+            self.failing_since = self.last_failure
             log.warning("database_unavailable connection=claim error=%s", why)
         await asyncio.sleep(retry_delay(self._failures, self._random))

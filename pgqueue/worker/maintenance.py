@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
 
@@ -26,6 +26,7 @@ from pgqueue.config import Config
 from pgqueue.database.dsn import RETRY_MOST, retry_delay
 from pgqueue.database.store import Call, GroupFailed, Link
 from pgqueue.errors import DatabaseUnavailable
+from pgqueue.failpoints import failpoint
 from pgqueue.worker.claimer import RENEW
 from pgqueue.worker.dispatcher import Dispatcher
 from pgqueue.worker.identity import Identity
@@ -97,6 +98,7 @@ class Maintenance:
         discover: None, or what to do with the name of a queue nobody knew.
         asleep: Whether the claimer knows of no work.
         wake: Jobs have become ready: look for them.
+        health: What the heartbeat is to say of this worker beside its counts.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Maintenance:
         discover: Callable[[str], None] | None,
         asleep: Callable[[], bool],
         wake: Callable[[], None],
+        health: Callable[[], Mapping[str, object]] = dict,
         random: Random,
     ) -> None:
         self._link = link
@@ -122,6 +125,7 @@ class Maintenance:
         self._discover = discover
         self._asleep = asleep
         self._wake = wake
+        self._health = health
         self._random = random
         self._event = asyncio.Event()
         self._watch = Watch(config.lease, patience=3 * config.heartbeat)
@@ -140,6 +144,10 @@ class Maintenance:
         self._last_promotion = float("-inf")
         self._last_running: list[str] = []
         self._failures = 0
+        self.last_beat: float | None = None
+        """When this worker last registered or beat, as the database has confirmed."""
+        self.last_failure: float | None = None
+        self.failing_since: float | None = None
 
     def next_eta(self) -> float | None:
         """Seconds until the next scheduled job this worker knows of."""
@@ -151,15 +159,23 @@ class Maintenance:
         self._event.set()
 
     def share(self, queues: list[str]) -> None:
-        """There is more work in these queues than we can take: wake somebody, at most every 100 ms."""
+        """There is more work in these queues than we take: wake somebody, at most every 100 ms."""
         self._to_share.update(queues)
         self._share_at.pull(max(clock(), self._last_share + SHARE_INTERVAL))
         self._event.set()
 
+    async def wake_others(self) -> None:
+        """Wake whoever sleeps on the queues that `share` was called with."""
+        queues, self._to_share = sorted(self._to_share), set()
+        self._share_at.at, self._last_share = float("inf"), clock()
+        if queues:
+            await self._link.call("wake_workers", queues=queues, eta=None)
+
     async def register(self) -> None:
         """Put this worker on the list, before its first claim."""
         await self._link.run([self._registration(self._identity.id)])
-        self._heartbeat.at = clock() + self._config.heartbeat
+        self.last_beat = clock()
+        self._heartbeat.at = self.last_beat + self._config.heartbeat
 
     async def deregister(self) -> None:
         """Take this worker off the list, after draining: rescue treats a missing worker row as dead."""
@@ -172,9 +188,12 @@ class Maintenance:
             try:
                 await self.run_once()
                 self._failures = 0
+                self.failing_since = None
             except (DatabaseUnavailable, GroupFailed) as error:
                 self._failures += 1
+                self.last_failure = clock()
                 if self._failures == 1:
+                    self.failing_since = self.last_failure
                     log.warning("database_unavailable connection=maintenance error=%s", error)
                 # Within a heartbeat: whoever is back first must not take the others for silent.
                 most = min(RETRY_MOST, self._config.heartbeat)
@@ -202,9 +221,7 @@ class Maintenance:
         if now >= self._heartbeat.at or self._running_changed(now):
             await self.beat(now)
         if now >= self._share_at.at:
-            queues, self._to_share = sorted(self._to_share), set()
-            self._share_at.at, self._last_share = float("inf"), now
-            await self._link.call("wake_workers", queues=queues, eta=None)
+            await self.wake_others()
         if now >= self._promotion.at:
             await self.promote(now)
         if self._discover is not None and now >= self._discovery.at:
@@ -221,9 +238,11 @@ class Maintenance:
 
     async def beat(self, now: float) -> None:
         """Heartbeat, then fence the silent and rescue what they held."""
+        failpoint("heartbeat_before")
         self._last_running = self._dispatcher.running_for(RUNNING_AFTER, now)
         answers = await self._link.run([self._heartbeat_call()], [Call("list_heartbeats")])
         self._heartbeat.at = now + self._config.heartbeat
+        self.last_beat = now
         if not answers[0][0]:
             await self._renew_identity()
         for worker, counter in self._watch.observe(answers[1][0], clock()):
@@ -273,7 +292,6 @@ class Maintenance:
         promoted, queues, last_eta, xmin, xmax = answers[0][0][0]
         if promoted:
             self._etas.lead(last_eta, xmax)
-            await self._became_ready(queues)
         if promoted < PROMOTE_BATCH:
             self._etas.covered(after, float("inf"), xmin)
             if sweep:
@@ -287,6 +305,8 @@ class Maintenance:
         )
         if promoted >= PROMOTE_BATCH:
             self._promotion.pull(done)
+        if promoted:  # last: a notification that is refused must not cost the next look
+            await self._became_ready(queues)
         return int(promoted)
 
     async def find_queues(self, discover: Callable[[str], None]) -> None:
@@ -344,6 +364,7 @@ class Maintenance:
             "failed": dispatcher.failed,
             "crashed": dispatcher.crashed,
             "stale_acks": dispatcher.stale,
+            **self._health(),
         }
         return Call(
             "beat_heart",

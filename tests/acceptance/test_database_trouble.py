@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
-import shutil
 import signal
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,79 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-import psutil
 import psycopg
 import pytest
 
-from pgqueue.database.embedded import EmbeddedPostgres
-from pgqueue.database.migrate import head_revision, upgrade
+from pgqueue.database.migrate import head_revision
 from tests.acceptance.workers import Gate, Jobs, Ledger, Worker, Workers, eventually
+from tests.servers import Server, own_server
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
 
 
-class Server:
-    """A PostgreSQL server of our own, always at the same address, that comes and goes."""
-
-    def __init__(self, home: Path) -> None:
-        major = os.environ.get("PGQUEUE_TEST_PG", "18")
-        if major in ("16", "18"):
-            self._embedded = EmbeddedPostgres(home, version=int(major))
-        else:
-            self._embedded = EmbeddedPostgres(home, bin_dir=Path(f"/usr/lib/postgresql/{major}/bin"))
-        self._home = home
-        self.dsn = self._embedded.start()
-        with self.connect() as connection:
-            connection.execute("create database migrated")
-        upgrade(self.dsn_of("migrated"))
-
-    def connect(self) -> psycopg.Connection:
-        return psycopg.connect(self.dsn, autocommit=True)
-
-    def dsn_of(self, database: str) -> str:
-        return urlunsplit(urlsplit(self.dsn)._replace(path=f"/{database}"))
-
-    def new_database(self, template: str = "migrated") -> str:
-        """URL of a copy of `template`."""
-        name = f"copy_{secrets.token_hex(4)}"
-        with self.connect() as connection:
-            connection.execute(f"create database {name} template {template}".encode())
-        return self.dsn_of(name)
-
-    def stop(self, number: signal.Signals) -> None:
-        """SIGINT: fast, sessions are told; SIGQUIT: immediate, as after a crash. Returns when it is down."""
-        pid_file = self._home / "cluster" / "postmaster.pid"
-        postmaster = psutil.Process(int(pid_file.read_text().split()[0]))
-        postmaster.send_signal(number)
-        psutil.wait_procs([postmaster], timeout=30)
-        assert not postmaster.is_running()
-
-    def start(self) -> None:
-        """Start it again; returns when it accepts connections."""
-        server = self._embedded._server
-        assert server is not None
-        if server.is_running():
-            return
-        options = f"-c config_file={self._home / 'postgresql.conf'}"
-        log = str(server.cluster / "server.log")
-        done = server.run(
-            "pg_ctl", "start", "-w", "-t", "60", "-D", str(server.cluster), "-l", log, "-o", options
-        )
-        assert done.returncode == 0, done.stdout
-
-    def close(self) -> None:
-        self._embedded.stop()
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    # Not tmp_path: for root it is closed to the user that Postgres runs as.
-    home = Path(tempfile.mkdtemp(prefix="pgqueue-trouble-"))
-    home.chmod(0o711)
-    server = Server(home)
-    yield server
-    server.close()
-    shutil.rmtree(home, ignore_errors=True)
+    with own_server() as server:
+        yield server
 
 
 @dataclass(frozen=True)
@@ -280,9 +217,9 @@ class TestConnections:
 class TestRefusals:
     """A worker that cannot start says why in one line."""
 
-    def refused(self, workers: Workers, dsn: str | None, *options: str, app: str = "tests_app:app") -> str:
-        done = workers.run(*options, "-A", app, "worker", "-c", "1", env={"PGQUEUE_DSN": dsn})
-        assert done.returncode == 1, (done.returncode, done.stderr)
+    def refused(self, workers: Workers, dsn: str | None, status: int, app: str = "tests_app:app") -> str:
+        done = workers.run("-A", app, "worker", "-c", "1", env={"PGQUEUE_DSN": dsn})
+        assert done.returncode == status, (done.returncode, done.stderr)
         assert "Traceback" not in done.stderr
         lines = done.stderr.strip().splitlines()
         assert len(lines) == 1, done.stderr
@@ -293,20 +230,20 @@ class TestRefusals:
     def test_a_wrong_password(self, place: Place) -> None:
         parts = urlsplit(place.jobs.dsn)
         netloc = f"postgres:not-the-secret@{parts.hostname}:{parts.port}"
-        line = self.refused(place.workers, urlunsplit(parts._replace(netloc=netloc)))
+        line = self.refused(place.workers, urlunsplit(parts._replace(netloc=netloc)), 4)
         assert "password authentication failed" in line
         assert "not-the-secret" not in line
 
     def test_a_database_that_is_not_there(self, place: Place) -> None:
-        line = self.refused(place.workers, place.server.dsn_of("no_such_database"))
+        line = self.refused(place.workers, place.server.dsn_of("no_such_database"), 4)
         assert 'database "no_such_database" does not exist' in line
 
     def test_a_host_that_is_not_there(self, workers: Workers) -> None:
-        line = self.refused(workers, "postgresql://postgres@no-such-host.invalid/x")
+        line = self.refused(workers, "postgresql://postgres@no-such-host.invalid/x", 4)
         assert "no-such-host.invalid" in line
 
     def test_a_database_without_the_schema(self, place: Place) -> None:
-        line = self.refused(place.workers, place.server.new_database("template1"))
+        line = self.refused(place.workers, place.server.new_database("template1"), 5)
         assert "run `pgqueue migrate`" in line
 
     @pytest.mark.parametrize(
@@ -314,20 +251,21 @@ class TestRefusals:
     )
     def test_another_revision(self, place: Place, revision: str, way_out: str) -> None:
         place.jobs.sql("update pgqueue.alembic_version set version_num = %s", revision)
-        line = self.refused(place.workers, place.jobs.dsn)
+        place.jobs.sql("update pgqueue.meta set oldest_code_revision = %s", revision)
+        line = self.refused(place.workers, place.jobs.dsn, 5)
         assert revision in line
         assert head_revision() in line
         assert way_out in line
 
     def test_no_database_named(self, workers: Workers) -> None:
-        assert "PGQUEUE_DSN" in self.refused(workers, None)
+        assert "PGQUEUE_DSN" in self.refused(workers, None, 2)
 
     def test_something_that_is_no_address(self, workers: Workers) -> None:
-        self.refused(workers, "postgresql://[")
+        self.refused(workers, "postgresql://[", 2)
 
     def test_settings_that_do_not_go_together(self, workers: Workers) -> None:
         done = workers.run("-A", "tests_app:app", "worker", "--heartbeat", "10", "--lease", "1")
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert done.stderr.splitlines() == [
             "pgqueue: lease must be at least 3 times heartbeat (10 s), got 1",
         ]
@@ -342,7 +280,7 @@ class TestRefusals:
         ],
     )
     def test_a_misspelt_application(self, workers: Workers, target: str, hint: str) -> None:
-        line = self.refused(workers, NOWHERE, app=target)
+        line = self.refused(workers, NOWHERE, 6, app=target)
         assert hint in line
 
     def test_no_application_named(self, workers: Workers) -> None:
@@ -369,7 +307,7 @@ class TestRefusals:
         self, workers: Workers, target: str, line: str, place_: str
     ) -> None:
         done = workers.run("-A", target, "worker", "-c", "1", env={"PGQUEUE_DSN": NOWHERE})
-        assert done.returncode == 1
+        assert done.returncode == 6
         assert place_ in done.stderr
         ours = [each for each in done.stderr.splitlines() if each.startswith("pgqueue: ")]
         assert len(ours) == 1

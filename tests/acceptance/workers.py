@@ -318,9 +318,10 @@ def gone(processes: Sequence[psutil.Process]) -> None:
 class Workers:
     """Starts workers, and sees to it that no process of theirs is left."""
 
-    def __init__(self, dsn: str | None, folder: Path) -> None:
+    def __init__(self, dsn: str | None, folder: Path, apps: Path = APPS) -> None:
         self._dsn = dsn
         self._folder = folder
+        self._apps = apps
         self._mark = secrets.token_hex(8)
         self._started: list[Worker] = []
         self.ledger = Ledger(folder / "ledger")
@@ -349,12 +350,12 @@ class Workers:
         return {key: value for key, value in merged.items() if value is not None}
 
     def run(
-        self, *arguments: str, env: Mapping[str, str | None] | None = None, cwd: Path = APPS
+        self, *arguments: str, env: Mapping[str, str | None] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run a command of ours to its end."""
         return subprocess.run(
             [sys.executable, "-m", "pgqueue.cli.main", *arguments],
-            cwd=cwd,
+            cwd=cwd or self._apps,
             env=self.environment(**(env or {})),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -388,7 +389,7 @@ class Workers:
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 command,
-                cwd=APPS,
+                cwd=self._apps,
                 env=self.environment(**(env or {})),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -400,6 +401,11 @@ class Workers:
         if ready:
             worker.wait_for_log("worker_started")
         return worker
+
+    @property
+    def started(self) -> list[Worker]:
+        """All the workers there were."""
+        return list(self._started)
 
     def processes(self) -> list[psutil.Process]:
         """All living processes that descend from these workers, wherever they are now."""

@@ -95,7 +95,14 @@ def add(connection: Connection, count: int = 1) -> list[str]:
 
 
 def claim_call(worker: str = ME, batch: int = 100) -> Call:
-    lane = {"queues": ["default"], "priorities": [5], "after": [0], "upto": [END], "most": [batch]}
+    lane = {
+        "queues": ["default"],
+        "priorities": [5],
+        "after": [0],
+        "upto": [END],
+        "most": [batch],
+        "bare": False,
+    }
     return Call("claim_jobs", {**lane, "batch": batch, "worker": worker})
 
 
@@ -426,7 +433,7 @@ def test_an_ack_that_fails_leaves_the_transactions_before_it_committed(connect: 
         ]
         with pytest.raises(GroupFailed) as failed:
             await link.run(*groups)
-        assert (failed.value.group, failed.value.is_passing) == (2, False)
+        assert (failed.value.group, failed.value.blames_the_row) == (2, True)
         assert failed.value.rows[0] == [[(1, None)]]
         assert [job.id for job in decode_claim(failed.value.rows[1][0], OTHER).jobs] == [waiting]
         # Only the one at fault is to be sent again, and on the same connection.
@@ -479,13 +486,13 @@ def test_a_lock_that_does_not_come_passes(connect: Connect, linked: Any) -> None
     async def use(link: Link) -> None:
         with pytest.raises(GroupFailed) as failed:
             await link.run([ack_call("finish", first)], [ack_call("finish", held)])
-        assert (failed.value.group, failed.value.is_passing) == (1, True)
+        assert (failed.value.group, failed.value.blames_the_row) == (1, False)
         holder.rollback()
         assert await link.run([ack_call("finish", held)]) == [[[(1, None)]]]
 
     holder.autocommit = False
     holder.execute("select from pgqueue.jobs where id = %s for update", [held])
-    linked(use, lock_timeout="50ms")
+    linked(use, lock_timeout=0.05)
     assert (states(connection), count(connection, "finished_jobs")) == ([], 2)
 
 

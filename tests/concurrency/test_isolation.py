@@ -96,7 +96,14 @@ async def serve(link: Link, worker: str, runs: list[tuple[str, int]]) -> None:
     """One worker's rounds: ack and claim in one round trip, then rescue and promote."""
     facts = dict(host="h", pid=1, queues=["default"], pool="prefork", concurrency=1, version="1")
     await link.call("register_worker", worker=worker, **facts)
-    lane = {"queues": ["default"], "priorities": [5], "after": [0], "upto": [END], "most": [20]}
+    lane = {
+        "queues": ["default"],
+        "priorities": [5],
+        "after": [0],
+        "upto": [END],
+        "most": [20],
+        "bare": False,
+    }
     claim = Call("claim_jobs", {**lane, "batch": 20, "worker": worker})
     keep = [
         Call(

@@ -341,7 +341,9 @@ MATCHES = [
 ]
 
 
-@pytest.mark.parametrize(("where", "names"), MATCHES, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("where", "names"), MATCHES, ids=lambda value: str(sorted(value) if isinstance(value, set) else value)
+)
 def test_filters_say_which(queue: Queue, session: Session, where: DeadFilter, names: set[str]) -> None:
     ids = {
         "a": queue.bury(),

@@ -60,6 +60,7 @@ HOT = {
             "after": [0 for _ in LANES],
             "upto": [END for _ in LANES],
             "most": [100 for _ in LANES],
+            "bare": False,
             "batch": 100,
             "worker": ME,
         },
@@ -389,7 +390,14 @@ def test_looking_for_new_queues_does_not_walk_over_those_that_are_known(bloating
 
 
 def one_lane(cursor: int) -> dict[str, Any]:
-    lanes = {"queues": ["q1"], "priorities": [5], "after": [cursor], "upto": [END], "most": [500]}
+    lanes = {
+        "queues": ["q1"],
+        "priorities": [5],
+        "after": [cursor],
+        "upto": [END],
+        "most": [500],
+        "bare": False,
+    }
     return {**lanes, "batch": 500, "worker": ME}
 
 

@@ -3,6 +3,9 @@
 -- either buries it. Locks: those jobs rows, in order of worker, skipping held ones; then dead_letters rows.
 -- Index: jobs_running, only in the gaps between live workers, so their index entries, dead or alive, are never walked
 -- over; the gap beyond the last one is asked for apart, because `high IS NULL OR worker_id < high` bounds no index scan.
+-- A worker may register after our snapshot and claim one of these rows before we lock it: the lock shows its claim, the
+-- snapshot not its registration. Such a claim is younger than now(); one that is younger by more than a minute was made
+-- before somebody set the clock back.
 -- jobs_pkey for the writes; the failures rows are made of what those return, a join with jobs could read all of it.
 -- Always one row: how many became ready again, their queues, and how many were buried.
 WITH live AS MATERIALIZED (
@@ -13,12 +16,14 @@ WITH live AS MATERIALIZED (
     SELECT found.* FROM gap, LATERAL (
         SELECT j.id, j.worker_id, j.crashes, j.rescues FROM {schema}.jobs j
         WHERE j.state = 'running' AND j.worker_id > gap.low AND j.worker_id < gap.high
+          AND (j.claimed_at BETWEEN now() AND now() + interval '1 minute') IS NOT TRUE
         ORDER BY j.worker_id LIMIT %(batch)s::integer FOR UPDATE SKIP LOCKED
     ) AS found
     UNION ALL
     SELECT beyond.* FROM (
         SELECT id, worker_id, crashes, rescues FROM {schema}.jobs
         WHERE state = 'running' AND worker_id > coalesce((SELECT max(id) FROM live), '')
+          AND (claimed_at BETWEEN now() AND now() + interval '1 minute') IS NOT TRUE
         ORDER BY worker_id LIMIT %(batch)s::integer FOR UPDATE SKIP LOCKED
     ) AS beyond
     UNION ALL

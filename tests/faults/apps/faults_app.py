@@ -1,0 +1,51 @@
+"""The application of the fault suite. Every body notes its start and its end in the ledger, and returns which
+run it was: what history holds must be the result of the run that was acked."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+from pgqueue import PgQueue, TaskContext
+
+app = PgQueue("faults")
+
+
+class Hiccup(Exception):
+    """A failure that is retried."""
+
+
+class Hopeless(Exception):
+    """A failure that is not."""
+
+
+def note(event: str, context: TaskContext, label: str, **facts: Any) -> None:
+    """Append a line to the ledger: one write, which no other process's write can split."""
+    request = context.request
+    line = {"event": event, "job": request.id, "attempt": request.attempt, "worker": request.worker}
+    line |= {"label": label, "pid": os.getpid(), "at": time.time(), **facts}
+    file = os.open(os.environ["LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, (json.dumps(line) + "\n").encode())
+    finally:
+        os.close(file)
+
+
+@app.task(bind=True, autoretry_for=(Hiccup,), max_retries=3, default_retry_delay=0.2)
+def work(
+    self: TaskContext, label: str, seconds: float = 0.0, hiccups: int = 0, hopeless: bool = False
+) -> str:
+    """Work for so long, after failing so many times; or fail for good."""
+    note("start", self, label)
+    if seconds:
+        time.sleep(seconds)
+    if self.request.retries < hiccups:
+        note("failed", self, label)
+        raise Hiccup(label)
+    if hopeless:
+        note("failed", self, label)
+        raise Hopeless(label)
+    note("end", self, label)
+    return f"{label}/{self.request.attempt}/{self.request.worker}"
