@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -122,6 +123,7 @@ def repeat(
         found = look()
         show_json(found) if as_json else show(render(found))
         return
+    look = _undisturbed(look)
     try:
         if as_json or not is_terminal(sys.stdout):
             while True:
@@ -134,6 +136,36 @@ def repeat(
                 live.update(render(look()), refresh=True)
     except KeyboardInterrupt:
         return  # the way to stop watching
+
+
+def _undisturbed(look: Callable[[], Any]) -> Callable[[], Any]:
+    """`look`, with a Ctrl-C in the middle of it raised at its end, and a second one at once.
+
+    A query that is interrupted leaves a connection behind that cannot be used, and at times waits for an
+    answer that has come already.
+    """
+
+    def undisturbed() -> Any:
+        asked = False
+
+        def ask(*_: object) -> None:
+            nonlocal asked
+            if asked:
+                raise KeyboardInterrupt
+            asked = True
+
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, ask)
+        try:
+            found = look()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if asked:
+            raise KeyboardInterrupt
+        return found
+
+    return undisturbed
 
 
 def _never_fail_on_a_letter() -> None:
