@@ -38,6 +38,7 @@ from pgqueue.database.embedded import EmbeddedPostgres
 
 Left = TypeVar("Left")
 ISOLATION_LEVELS = ("read committed", "repeatable read", "serializable")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 LEFTOVER_SECONDS = 3  # how long something that is being closed may take to be gone
 POSTGRES = pytest.StashKey["Postgres"]()
 
@@ -193,7 +194,7 @@ def _hear_signals() -> None:
     """What is ignored here would be ignored by every program that a test starts and stops by a signal: shells
     start background jobs so.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
@@ -274,6 +275,15 @@ def empty(dsn: str) -> None:
         if used:
             names = ", ".join(str(row[0]) for row in used)
             connection.execute(f"truncate only {names} restart identity".encode())
+
+
+@pytest.fixture(autouse=True)
+def _same_signals() -> Iterator[None]:
+    """What a command does to the signals of this process must not reach the programs of the next test."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
