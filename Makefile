@@ -8,8 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 ORDERS ?= 200
 PYTEST_ARGS ?=
-# Most tests wait for processes most of the time: three at a time take a third of it, on two CPUs.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile
+# Most tests wait for processes most of the time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 # Tests and checks look at these, as far as they are there.
 CODE := $(wildcard pgqueue examples migrations tests benchmarks scripts)
 TYPED := $(wildcard pgqueue examples)

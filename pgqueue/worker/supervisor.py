@@ -17,6 +17,7 @@ signals ask for what is in `run`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -221,6 +222,10 @@ class Supervisor:
         """Put this worker on the list as soon as there is a database; False when asked to stop before."""
         try:
             if await unless_set(self._stop_event, self._wait_for_database()) is None:
+                if self._maintenance_link.opened:  # it may have been put on the list at the last moment
+                    with contextlib.suppress(PgQueueError, TimeoutError):
+                        async with asyncio.timeout(LEAVE_PATIENCE):
+                            await self._maintenance.deregister()
                 return False
         except DatabaseUnavailable:
             if self._stop_event.is_set():

@@ -440,7 +440,11 @@ class TestDatabase:
 
 @dataclass
 class Crowd:
-    """Asks a health port without a pause, politely and otherwise, until it is stopped."""
+    """Asks a health port all the time, politely and otherwise, until it is stopped.
+
+    Slowly enough that a worker which is kept waiting for a CPU never has more connections than it holds: the
+    oldest would be dropped.
+    """
 
     port: int
     answers: Counter[int] = field(default_factory=Counter)
@@ -463,7 +467,7 @@ class Crowd:
             thread.join()
 
     def _until_done(self, act: Callable[[], None]) -> None:
-        while not self.done.wait(0.002):
+        while not self.done.wait(0.01):
             act()
 
     def _ask(self) -> None:
