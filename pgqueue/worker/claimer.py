@@ -379,7 +379,7 @@ class Claimer:
         jobs, unreadable = decode_claimed(await self._link.call("list_claimed", worker=worker), worker)
         held = self._dispatcher.holds
         # By attempt: a job we gave back may have been claimed again in the round trip whose answer was lost.
-        ended = {(outcome.id, outcome.attempt) for outcome in self._acking}
+        ended = {(outcome.id, outcome.attempt) for outcome in self._acking + self._aside}
         unknown = [job for job in jobs if job.id not in held and (job.id, job.attempt) not in ended]
         self._dispatcher.outcomes += [
             outcome
