@@ -8,8 +8,9 @@ needed it, with the reason, and a process that has enqueued may still fork.
 - Lost connection: `ConnectionLost`. Whether the statement under way took effect is unknown. All idle
   connections are dropped with it: what broke one has broken the others.
 - Standby instead of primary: `Refused`, and all connections are dropped too.
-- Nothing waits for ever: statements and locks have timeouts, unless the DSN or the role has its own. Only the
-  wait for a synchronous standby at COMMIT is as long as Postgres says.
+- Nothing waits for ever: statements and locks have timeouts, unless the DSN or the role has its own, and a
+  connection whose server is silent for five seconds longer is given up as lost (not behind a pooler, where
+  statements may have to queue).
 - Commits are on disk when they are acknowledged, whatever the database's default.
 - Pooler: found out per connection. Nothing is prepared there and no setting outlives its transaction.
 - End of process or event loop: idle connections are closed.
@@ -44,6 +45,8 @@ from pgqueue.errors import DatabaseError, DatabaseUnavailable, PermissionDenied,
 
 if TYPE_CHECKING:
     import psycopg
+
+    from pgqueue.database.patient import AsyncConnection, Connection
 
 T = TypeVar("T")
 
@@ -183,13 +186,13 @@ class Database:
         """Close the idle connections of the running event loop, and the sync ones."""
         self.close()
 
-    def _connect(self, timeout: int = CONNECT_TIMEOUT) -> psycopg.Connection[Any]:
+    def _connect(self, timeout: int = CONNECT_TIMEOUT) -> Connection:
         import psycopg
 
+        from pgqueue.database.patient import ANSWER_PATIENCE, Connection
+
         try:
-            connection = psycopg.Connection.connect(
-                self.dsn, autocommit=True, **self._connect_options(timeout)
-            )
+            connection = Connection.connect(self.dsn, autocommit=True, **self._connect_options(timeout))
         except psycopg.OperationalError as error:
             raise _unreachable(error) from error
         try:
@@ -197,9 +200,12 @@ class Database:
             state = self._states[connection] = _State()
             connection.add_notice_handler(state.on_notice)
             rows = PsycopgChannel(connection, self.schema).perform(self._settle(connection))
-            state.is_pooled = rows[0][0]
+            state.is_pooled, statement_timeout, *_ = rows[0]
+            connection.patience = None
             if state.is_pooled:
                 connection.prepare_threshold = None
+            elif statement_timeout:
+                connection.patience = statement_timeout + ANSWER_PATIENCE
         except psycopg.Error as error:
             connection.close()
             raise _unreachable(error) from error
@@ -208,11 +214,13 @@ class Database:
             raise
         return connection
 
-    async def _aconnect(self, timeout: int = CONNECT_TIMEOUT) -> psycopg.AsyncConnection[Any]:
+    async def _aconnect(self, timeout: int = CONNECT_TIMEOUT) -> AsyncConnection:
         import psycopg
 
+        from pgqueue.database.patient import ANSWER_PATIENCE, AsyncConnection
+
         try:
-            connection = await psycopg.AsyncConnection.connect(
+            connection = await AsyncConnection.connect(
                 self.dsn, autocommit=True, **self._connect_options(timeout)
             )
         except psycopg.OperationalError as error:
@@ -222,9 +230,12 @@ class Database:
             state = self._states[connection] = _State()
             connection.add_notice_handler(state.on_notice)
             rows = await AsyncPsycopgChannel(connection, self.schema).perform(self._settle(connection))
-            state.is_pooled = rows[0][0]
+            state.is_pooled, statement_timeout, *_ = rows[0]
+            connection.patience = None
             if state.is_pooled:
                 connection.prepare_threshold = None
+            elif statement_timeout:
+                connection.patience = statement_timeout + ANSWER_PATIENCE
         except psycopg.Error as error:
             await connection.close()
             raise _unreachable(error) from error

@@ -24,6 +24,7 @@ import psycopg
 from psycopg.rows import tuple_row
 
 from pgqueue.database.dsn import connect_options, cut, cut_short, is_pooled, one_line, unreachable
+from pgqueue.database.patient import ANSWER_PATIENCE
 from pgqueue.database.queries import query
 from pgqueue.errors import DatabaseError, DatabaseUnavailable
 from pgqueue.failpoints import armed, failpoint
@@ -70,10 +71,6 @@ class GroupFailed(DatabaseError):
 
 QUERY_CANCELED = "57014"
 """SQLSTATE of a statement that took longer than it may."""
-
-ANSWER_PATIENCE = 5.0
-"""Seconds beyond its statement timeout after which a server that has not answered is given up: its process is
-frozen, or waits where no timeout reaches, as for a synchronous standby."""
 
 
 class Link:

@@ -17,11 +17,12 @@ from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 from uuid import uuid4
 
+import psutil
 import psycopg
 import pytest
 
 from pgqueue import DatabaseError, DatabaseUnavailable, EnqueueUncertain, PermissionDenied, PgQueue, Task
-from pgqueue.database import listener, pool
+from pgqueue.database import listener, patient, pool
 from pgqueue.database.dsn import connect_options
 from pgqueue.database.listener import Listener
 from pgqueue.database.queries import query
@@ -164,6 +165,45 @@ class TestTimeouts:
                 app.find_task("tests.note").on(connection).delay(1)
             assert time.monotonic() - start < 10
         assert len(rows(db, "select 1 from pgqueue.jobs")) == 1
+
+    @pytest.mark.parametrize("kind", ["one", "async", "many"])
+    def test_a_frozen_server_process_is_given_up_for_another(
+        self, replicated: Server, kind: str, monkeypatch: Any
+    ) -> None:
+        # No timeout of the server's reaches it, and its machine answers keepalives.
+        monkeypatch.setattr(patient, "ANSWER_PATIENCE", 0.5)
+        dsn = replicated.new_database()
+        ours = with_options(dsn, "-c statement_timeout=500")
+        idle = "select state from pg_stat_activity where pid = %s"
+
+        async def twice(app: PgQueue) -> list[str]:
+            note = app.find_task("tests.note")
+            first = await note.adelay(1)
+            freeze()
+            return [first.id, (await note.adelay(2)).id]
+
+        def freeze() -> None:
+            process = replicated.backend("pgqueue", dsn)
+            eventually(lambda: rows(dsn, idle, process.pid) == [("idle",)], "it holds no lock of it")
+            frozen.append(process)
+            process.suspend()
+
+        frozen: list[psutil.Process] = []
+        with closing(make_app(ours)) as app:
+            note = app.find_task("tests.note")
+            try:
+                if kind == "async":
+                    ids = asyncio.run(twice(app))
+                else:
+                    ids = [note.delay(1).id]
+                    freeze()
+                    ids += app.enqueue_many([note.s(2)]) if kind == "many" else [note.delay(2).id]
+            finally:
+                for process in frozen:
+                    process.resume()
+            psutil.wait_procs(frozen, timeout=20)
+            assert frozen
+            assert enqueued(dsn) == ids
 
     def test_a_listener_gives_up_a_server_that_does_not_answer(
         self, db: str, monkeypatch: Any, caplog: pytest.LogCaptureFixture
@@ -337,6 +377,20 @@ class TestSynchronousReplication:
                 wait_for_standby(replicated, "")
                 assert again.end().answer == mine
             assert enqueued(synchronous) == [mine]
+
+    @pytest.mark.parametrize("kind", ["one", "async"])
+    def test_a_standby_that_stays_away_leaves_it_uncertain(
+        self, replicated: Server, synchronous: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pool, "LOCK_TIMEOUT", "100ms")
+        monkeypatch.setattr(patient, "ANSWER_PATIENCE", 0.5)
+        with closing(make_app(with_options(synchronous, "-c statement_timeout=500"))) as app:
+            note = app.find_task("tests.note")
+            call = Calling((lambda: note.delay(1)) if kind == "one" else lambda: asyncio.run(note.adelay(1)))
+            error = call.end().error
+            assert isinstance(error, EnqueueUncertain), error
+            wait_for_standby(replicated, "")
+            eventually(lambda: enqueued(synchronous) == [error.job_id], "it was enqueued")
 
     def test_a_connection_lost_in_the_wait(self, replicated: Server, synchronous: str) -> None:
         with Relay(synchronous) as relay, closing(make_app(relay.dsn)) as app:
