@@ -70,7 +70,7 @@ test-fast: install ## unit and integration tests only
 	$(BIN)/python -m pytest tests/unit tests/integration $(PYTEST_ARGS)
 
 .PHONY: test-faults
-test-faults: install tools ## the whole fault suite (25 minutes); writes its table into docs/reliability.md
+test-faults: install tools ## the whole fault suite (20 minutes); writes its table into docs/reliability.md
 	PGQUEUE_WRITE_DOCS=1 $(PYTEST) tests/faults -m "slow or not slow" $(PYTEST_ARGS)
 
 # Programs that some tests of faults use, and the Debian packages that bring them.

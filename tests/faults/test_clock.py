@@ -107,7 +107,9 @@ def test_the_databases_clock_jumps_under_load(scene: Scene, clock: Clock) -> Non
     assert not [worker.log for worker in pair if "fenced" in worker.log]
 
 
-@pytest.mark.parametrize("seconds", [HOUR, -HOUR, DAY, -DAY, BEYOND])
+@pytest.mark.parametrize(
+    "seconds", [-HOUR, *(pytest.param(each, marks=pytest.mark.slow) for each in (HOUR, DAY, -DAY, BEYOND))]
+)
 def test_the_databases_clock_jumps_while_a_worker_sleeps(scene: Scene, clock: Clock, seconds: int) -> None:
     worker = scene.worker("-c", "1")
     worker.full_crew()

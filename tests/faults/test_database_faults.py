@@ -52,7 +52,13 @@ def recovered(scene: Scene, worker: Worker, since: float) -> float:
     return float(eventually(look, "jobs run again") or 0) - since
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT], ids=["fast", "immediate"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="fast", marks=pytest.mark.slow),
+        pytest.param(signal.SIGQUIT, id="immediate"),
+    ],
+)
 def test_restart(scene: Scene, server: Server, number: signal.Signals) -> None:
     worker = scene.worker("-c", "2")
     producer = scene.produce(100)
@@ -124,6 +130,7 @@ def test_outage(scene: Scene, server: Server, seconds: int) -> None:
     assert verdict.duplicated == 0
 
 
+@pytest.mark.slow
 def test_the_claim_connection_gets_no_answer(scene: Scene, server: Server) -> None:
     """Its server process is frozen: the worker takes another connection, and what the frozen one claims after
     all is found."""

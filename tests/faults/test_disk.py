@@ -221,6 +221,7 @@ def careless() -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.slow
 def test_power_cut_where_commits_are_not_synced(careless: Server) -> None:
     """`synchronous_commit = off` of the database is for the application's own data: enqueues on our own
     connections are on disk."""

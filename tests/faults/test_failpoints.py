@@ -103,7 +103,14 @@ def test_supervisor_dies(scene: Scene, tmp_path: Path, place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["claim_before_commit", "claim_after_commit", "ack_sent", "ack_after_commit"]
+    "place",
+    [
+        "ack_sent",
+        *(
+            pytest.param(place, marks=pytest.mark.slow)
+            for place in ("claim_before_commit", "claim_after_commit", "ack_after_commit")
+        ),
+    ],
 )
 def test_supervisor_freezes(scene: Scene, tmp_path: Path, place: str) -> None:
     frozen = scene.worker("-c", "2", env=armed(place, "stop", tmp_path))

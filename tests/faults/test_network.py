@@ -85,7 +85,7 @@ def go_on(far: Remote, producer: Producer, fault: str) -> None:
 @pytest.mark.parametrize(
     ("way", "fault"),
     [
-        ("both", "network silent both ways for 10 s"),
+        pytest.param("both", "network silent both ways for 10 s", marks=pytest.mark.slow),
         pytest.param("to server", "packets to the server lost for 10 s", marks=pytest.mark.slow),
         pytest.param("from server", "packets from the server lost for 10 s", marks=pytest.mark.slow),
     ],
@@ -181,6 +181,7 @@ def test_far_away(fresh_dsn: str, tmp_path: Path, report: Report) -> None:
         assert verdict.stale == 0
 
 
+@pytest.mark.slow
 def test_connections_are_cut_all_the_time(fresh_dsn: str, tmp_path: Path, report: Report) -> None:
     with proxied_scene(fresh_dsn, tmp_path, report) as (scene, proxy):
         worker = scene.worker("-c", "2")

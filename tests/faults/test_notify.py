@@ -114,6 +114,7 @@ def ready_to_be_woken(scene: Scene, worker: Worker) -> None:
     eventually(lambda: scene.jobs.sql(armed), "the wake hint is armed")
 
 
+@pytest.mark.slow
 def test_the_queue_is_full(scene: Scene) -> None:
     """A session that listens and leaves its transaction open keeps the server from forgetting anything."""
     worker = scene.worker("-c", "2")
@@ -225,6 +226,7 @@ def test_the_lock_of_notify_is_held_when_jobs_fall_due(scene: Scene) -> None:
     assert len(re.findall("WARNING", worker.log)) <= 2
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_does_not_fill_the_queue(scene: Scene) -> None:
     """It reads nothing; the others' notifications pile up behind it, and stop before they hurt anybody."""
     frozen = scene.worker("-c", "1")
