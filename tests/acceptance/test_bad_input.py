@@ -475,7 +475,7 @@ def namespace(bench: Bench) -> Iterator[Names]:
         names: dict[str, Any] = vars(pgqueue) | {
             "PgQueue": PgQueue, "Signature": Signature, "Retry": Retry, "UTC": UTC, "date": date,
             "datetime": datetime, "timedelta": timedelta, "uuid4": uuid4, "asyncio": asyncio,
-            "logging": logging, "sqlite3": sqlite3, "sessionmaker": sessionmaker, "app_on": app_on,
+            "logging": logging, "sessionmaker": sessionmaker, "app_on": app_on,
         }  # fmt: skip
         app = names["app"] = app_on(bench.dsn)
         names["used"] = app_on(bench.dsn)
@@ -545,6 +545,7 @@ CONNECTIONS: dict[str, Callable[[Callable[..., Any], ExitStack], Any]] = {
     "another": lambda connect, stack: connect("<dsn of another queue>"),
     "engine": lambda connect, stack: sqlalchemy.create_engine("postgresql+psycopg://"),
     "sqlite": sqlite_connection,
+    "a_sqlite3_connection": lambda connect, stack: stack.enter_context(closing(sqlite3.connect(":memory:"))),
 }
 
 

@@ -208,7 +208,7 @@ def fails_at_the_bottom(self: TaskContext, room: int) -> int:
     while (above := frame.f_back) is not None:
         depth, frame = depth + 1, above
     sys.setrecursionlimit(depth + room + 3)
-    return dive(room * 2)
+    return dive(room * 2 + 5)  # deeper than the limit, by how much depends on Python's version
 
 
 # Results.
