@@ -19,6 +19,9 @@ import psycopg
 from pgqueue.database.embedded import EmbeddedPostgres
 from pgqueue.database.migrate import upgrade
 
+MAJOR = int(os.environ.get("PGQUEUE_TEST_PG", "18"))
+"""The version of these servers."""
+
 
 class Server:
     """A PostgreSQL server that comes and goes, always at the same address.
@@ -29,9 +32,8 @@ class Server:
     """
 
     def __init__(self, home: Path, settings: Mapping[str, str] | None = None) -> None:
-        major = os.environ.get("PGQUEUE_TEST_PG", "18")
-        bin_dir = None if major in ("16", "18") else Path(f"/usr/lib/postgresql/{major}/bin")
-        version = int(major) if bin_dir is None else 18
+        bin_dir = None if MAJOR in (16, 18) else Path(f"/usr/lib/postgresql/{MAJOR}/bin")
+        version = MAJOR if bin_dir is None else 18
         self._embedded = EmbeddedPostgres(home, version=version, settings=settings, bin_dir=bin_dir)
         self.home = home
         self.dsn = self._embedded.start()
