@@ -11,6 +11,7 @@ from typing import Final, NoReturn
 import click
 
 from pgqueue.errors import AppNotLoaded, ConfigError, DatabaseUnavailable, PgQueueError, SchemaMismatch
+from pgqueue.worker.signals import STOP_SIGNALS, stop_signals
 
 
 class ExitStatus(IntEnum):
@@ -67,9 +68,6 @@ def status_of(error: BaseException) -> ExitStatus:
     return next((status for kind, status in _MEANINGS if isinstance(error, kind)), ExitStatus.BUG)
 
 
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-
-
 @contextmanager
 def leaving_when_asked() -> Iterator[None]:
     """While a worker only gets ready, a request to stop ends the process at once, as done.
@@ -80,10 +78,7 @@ def leaving_when_asked() -> Iterator[None]:
     def leave(*_: object) -> NoReturn:
         raise SystemExit(ExitStatus.DONE)
 
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in STOP_SIGNALS:
-        if number != signal.SIGHUP or before[number] is not signal.SIG_IGN:  # nohup
-            signal.signal(number, leave)
+    before = {number: signal.signal(number, leave) for number in stop_signals()}
     try:
         yield
     finally:

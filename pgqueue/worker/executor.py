@@ -26,6 +26,7 @@ from pgqueue.failpoints import failpoint
 from pgqueue.retry import Again
 from pgqueue.shapes import class_name
 from pgqueue.task import Request
+from pgqueue.worker.signals import stay, stay_when_asked_to_stop
 from pgqueue.worker.wire import (
     Board,
     Failed,
@@ -283,11 +284,7 @@ def become_executor(app: PgQueue, channel: socket.socket, board_descriptor: int)
     """The life of a freshly forked child; never returns."""
     status = 1
     try:
-        # The supervisor decides when this process ends. Handlers, not SIG_IGN: what is ignored stays ignored
-        # in programs that a task starts.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, _stay)
+        stay_when_asked_to_stop()
         os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_let_go)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         board = Board(board_descriptor)
@@ -304,10 +301,6 @@ def become_executor(app: PgQueue, channel: socket.socket, board_descriptor: int)
         os._exit(status)
 
 
-def _stay(*_: object) -> None:
-    pass
-
-
 _mask = threading.local()
 
 
@@ -322,7 +315,7 @@ def _release() -> None:
 
 def _let_go() -> None:
     """In a process that a task has forked: end when asked to, or `multiprocessing` could not terminate it."""
-    if signal.getsignal(signal.SIGTERM) is _stay:
+    if signal.getsignal(signal.SIGTERM) is stay:
         with suppress(ValueError):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _release()

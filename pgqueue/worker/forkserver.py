@@ -31,6 +31,7 @@ from pgqueue.app import PgQueue, load_app
 from pgqueue.config import LOG_FORMAT
 from pgqueue.errors import PgQueueError
 from pgqueue.worker.executor import become_executor
+from pgqueue.worker.signals import stay_when_asked_to_stop
 from pgqueue.worker.wire import Exited, Forked, Loaded, LoadFailed, TaskFacts, frame
 
 _PR_SET_PDEATHSIG = 1
@@ -131,15 +132,14 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
     `overrides`: a JSON object of settings that beat the application's own.
     """
     die_with_parent(parent)
-    # The terminal's Ctrl-C goes to the whole group: how this ends is the supervisor's decision.
-    _stay()
+    stay_when_asked_to_stop()  # the terminal's Ctrl-C goes to the whole group
     os.set_inheritable(descriptor, False)  # who else holds it would hide our death from the supervisor
     control = socket.socket(fileno=descriptor)
     try:
         app = load_app(target)
         app.configure(**json.loads(overrides))
         app.import_tasks()
-        _stay()  # whatever the application has made of these signals
+        stay_when_asked_to_stop()  # whatever the application has made of these signals
         facts = {name: TaskFacts(task.dead_letter_queue) for name, task in app.tasks.items()}
         config = app.config
         # Does nothing if the application has set up its own.
@@ -159,13 +159,6 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
     control.sendall(frame(Loaded(facts, asdict(config))))
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         ForkServer(app, control).serve()
-
-
-def _stay() -> None:
-    """Do not end by what ends the supervisor; SIGHUP stays ignored where it is (nohup)."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: None)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 from pgqueue.config import Config
 from pgqueue.errors import AppNotLoaded
 from pgqueue.worker.prefork import Prefork
+from pgqueue.worker.signals import stop_signals
 from pgqueue.worker.supervisor import Supervisor, unless_set
 from pgqueue.worker.wire import clock
 
@@ -99,11 +100,10 @@ class StopRequests:
         self._heard: list[signal.Signals] = []
 
     def listen(self) -> None:
-        """Take over the signals; SIGHUP not where it is ignored (nohup)."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                self._loop.add_signal_handler(number, self._hear, number)
-                self._heard.append(number)
+        """Take over the signals."""
+        self._heard = stop_signals()
+        for number in self._heard:
+            self._loop.add_signal_handler(number, self._hear, number)
 
     def ignore_more(self) -> None:
         """From here on the end is decided, and a late signal must not change it."""
