@@ -24,7 +24,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -189,7 +189,7 @@ class Database:
     def _connect(self, timeout: int = CONNECT_TIMEOUT) -> Connection:
         import psycopg
 
-        from pgqueue.database.patient import ANSWER_PATIENCE, Connection
+        from pgqueue.database.patient import Connection
 
         try:
             connection = Connection.connect(self.dsn, autocommit=True, **self._connect_options(timeout))
@@ -197,15 +197,9 @@ class Database:
             raise _unreachable(error) from error
         try:
             connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
-            state = self._states[connection] = _State()
-            connection.add_notice_handler(state.on_notice)
+            self._watch_notices(connection)
             rows = PsycopgChannel(connection, self.schema).perform(self._settle(connection))
-            state.is_pooled, statement_timeout, *_ = rows[0]
-            connection.patience = None
-            if state.is_pooled:
-                connection.prepare_threshold = None
-            elif statement_timeout:
-                connection.patience = statement_timeout + ANSWER_PATIENCE
+            self._settled(connection, rows[0])
         except psycopg.Error as error:
             connection.close()
             raise _unreachable(error) from error
@@ -217,7 +211,7 @@ class Database:
     async def _aconnect(self, timeout: int = CONNECT_TIMEOUT) -> AsyncConnection:
         import psycopg
 
-        from pgqueue.database.patient import ANSWER_PATIENCE, AsyncConnection
+        from pgqueue.database.patient import AsyncConnection
 
         try:
             connection = await AsyncConnection.connect(
@@ -227,15 +221,9 @@ class Database:
             raise _unreachable(error) from error
         try:
             await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
-            state = self._states[connection] = _State()
-            connection.add_notice_handler(state.on_notice)
+            self._watch_notices(connection)
             rows = await AsyncPsycopgChannel(connection, self.schema).perform(self._settle(connection))
-            state.is_pooled, statement_timeout, *_ = rows[0]
-            connection.patience = None
-            if state.is_pooled:
-                connection.prepare_threshold = None
-            elif statement_timeout:
-                connection.patience = statement_timeout + ANSWER_PATIENCE
+            self._settled(connection, rows[0])
         except psycopg.Error as error:
             await connection.close()
             raise _unreachable(error) from error
@@ -259,6 +247,22 @@ class Database:
     def _settle(self, connection: Any) -> Statement:
         """Timeouts and durability: for the session, or behind a pooler for the open transaction."""
         return Statement("settle_session", {**self._settings, "pid": connection.info.backend_pid})
+
+    def _watch_notices(self, connection: Connection | AsyncConnection) -> None:
+        state = self._states[connection] = _State()
+        connection.add_notice_handler(state.on_notice)
+
+    def _settled(self, connection: Connection | AsyncConnection, row: Sequence[Any]) -> None:
+        """Take in what `_settle` has found out about a new connection."""
+        from pgqueue.database.patient import ANSWER_PATIENCE
+
+        is_pooled, statement_timeout, *_ = row
+        self._states[connection].is_pooled = is_pooled
+        connection.patience = None
+        if is_pooled:
+            connection.prepare_threshold = None
+        elif statement_timeout:
+            connection.patience = statement_timeout + ANSWER_PATIENCE
 
     @staticmethod
     def _take(idle: deque[Any]) -> Any:
