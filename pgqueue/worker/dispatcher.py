@@ -208,12 +208,11 @@ class Dispatcher:
     def unreadable(self, member: Member, number: int, why: str) -> None:
         """The arguments of a job that was to be sent cannot be read from the database."""
         job = member.in_flight.pop(number)
-        facts = self.tasks.get(job.task)
         self._end(
             job,
             verb="bury",
             reason="bad_payload",
-            dead_letter_queue=facts.dead_letter_queue if facts else None,
+            dead_letter_queue=self._dead_letter_queue(job.task),
             error_message=f"the arguments cannot be read: {why}"[:1000],
         )
 
@@ -237,14 +236,13 @@ class Dispatcher:
             return running
         self.crashed += 1
         final = running.crashes + 1 >= self._max_crashes
-        facts = self.tasks.get(running.task)
         self._end(
             running,
             verb="bury" if final else "retry",
             kind="crashed",
             delay=crash_delay(running.crashes + 1),
             reason="crashed",
-            dead_letter_queue=facts.dead_letter_queue if facts else None,
+            dead_letter_queue=self._dead_letter_queue(running.task),
             error_class="WorkerCrashed",
             error_message=f"{death} while running job {running.id}, attempt {running.attempt}",
         )
@@ -364,6 +362,10 @@ class Dispatcher:
         first = member.board.recall(member.next_number)
         back = [member.in_flight.pop(number) for number in list(member.in_flight) if number >= first]
         self._waiting.extendleft(reversed(back))
+
+    def _dead_letter_queue(self, task: str) -> str | None:
+        facts = self.tasks.get(task)
+        return facts.dead_letter_queue if facts is not None else None
 
     def _end(self, job: ClaimedJob, **facts: object) -> None:
         self.outcomes.append(Outcome(job.id, job.attempt, job.worker, **facts))  # type: ignore[arg-type]

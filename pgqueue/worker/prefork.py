@@ -260,8 +260,7 @@ class Prefork:
         except OSError:
             data = b""
         if data:
-            for payload in self._control_frames.feed(data):
-                self._hear(decode_from_fork_server(payload))
+            self._take_in(data)
             return
         self._lost_server()
 
@@ -270,9 +269,12 @@ class Prefork:
         if self._control is control:
             with contextlib.suppress(OSError):
                 while data := control.recv(_READ):
-                    for payload in self._control_frames.feed(data):
-                        self._hear(decode_from_fork_server(payload))
+                    self._take_in(data)
             self._lost_server()
+
+    def _take_in(self, data: bytes) -> None:
+        for payload in self._control_frames.feed(data):
+            self._hear(decode_from_fork_server(payload))
 
     def _lost_server(self) -> None:
         self._drop_control()
