@@ -14,15 +14,14 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import pytest
 
+from tests.faults.proxy import Proxy
 from tests.servers import Server, own_server
 
 CLONE_NEWNET = 0x40000000
@@ -163,44 +162,22 @@ def remote_server(clients: int = 1) -> Iterator[RemoteServer]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Proxy:
-    """Forwards connections to the server of `dsn`, in a thread of its own.
+class LossyProxy(Proxy):
+    """Forwards connections as they come, but for what is to go wrong.
 
     Attributes:
-        dsn: The way through the proxy.
         delay: Seconds each packet takes, each way.
         lose_every: The connection breaks before the answer of each so manieth transaction; 0: never.
         lost: How many answers were lost so.
     """
 
     def __init__(self, dsn: str) -> None:
-        parts = urlsplit(dsn)
-        self._upstream = (parts.hostname or "127.0.0.1", parts.port or 5432)
         self._writers: set[asyncio.StreamWriter] = set()
-        self._sessions: set[asyncio.Task[None]] = set()
         self._ended = 0
         self.delay = 0.0
         self.lose_every = 0
         self.lost = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
-        self._thread.start()
-        self._server = self._run(asyncio.start_server(self._accept, "127.0.0.1", 0))
-        login = parts.netloc.rpartition("@")[0]
-        port = self._server.sockets[0].getsockname()[1]
-        plain = "&".join(filter(None, (parts.query, "sslmode=disable&gssencmode=disable")))
-        self.dsn = urlunsplit(parts._replace(netloc=f"{login}@127.0.0.1:{port}", query=plain))
-
-    def __enter__(self) -> Proxy:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._run(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        super().__init__(dsn)
 
     def cut(self) -> int:
         """Break every connection there is; returns how many."""
@@ -212,41 +189,27 @@ class Proxy:
 
         return self._run(cut())
 
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
-
-    async def _close(self) -> None:
-        self._server.close()
-        for session in self._sessions:
-            session.cancel()
-        await asyncio.gather(*self._sessions, return_exceptions=True)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._sessions.add(task)
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers = {writer}
         self._writers.add(writer)
         try:
-            with contextlib.suppress(OSError, asyncio.CancelledError):
-                there, to_there = await asyncio.open_connection(*self._upstream)
-                writers.add(to_there)
-                self._writers.add(to_there)
-                ways = (self._forward(reader, to_there, False), self._forward(there, writer, True))
-                tasks = [asyncio.ensure_future(way) for way in ways]
-                try:
-                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    for each in tasks:
-                        each.cancel()
-                    await asyncio.gather(*tasks, return_exceptions=True)
+            there, to_there = await asyncio.open_connection(*self._upstream)
+            writers.add(to_there)
+            self._writers.add(to_there)
+            ways = (self._one_way(reader, to_there, False), self._one_way(there, writer, True))
+            tasks = [asyncio.ensure_future(way) for way in ways]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for each in tasks:
+                    each.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             for each_writer in writers:
                 each_writer.transport.abort()
             self._writers -= writers
-            self._sessions.discard(task)
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, back: bool) -> None:
+    async def _one_way(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, back: bool) -> None:
         """Until one side ends; the other then ends too."""
         loop = asyncio.get_running_loop()
         on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()

@@ -12,18 +12,16 @@ import asyncio
 import contextlib
 import re
 import struct
-import threading
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from typing import Literal, TypeVar
 
 import pgqueue.database.queries
 from pgqueue.database.queries import query
+from tests.faults.proxy import Proxy
 
 T = TypeVar("T")
 How = Literal["cut before", "cut after", "late", "57P01", "40001", "53100", "57014", "55P03"]
@@ -57,47 +55,21 @@ class Fault:
         return f"{self.kind or 'any'} #{self.nth}{after} {self.how}"
 
 
-class NthCallProxy:
-    """Listens on a port of its own, in a thread of its own, in front of the server of `dsn`.
+class NthCallProxy(Proxy):
+    """Reads what passes, and breaks one call of it.
 
     Attributes:
-        dsn: `dsn` by way of this proxy.
         hit: What the fault broke, as `kind: call`; None while it has not.
         calls: How often each call came by since the last `arm`, also as `kind: call`.
     """
 
     def __init__(self, dsn: str) -> None:
-        parts = urlsplit(dsn)
-        self._upstream = (parts.hostname or "127.0.0.1", parts.port or 5432)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="nth call proxy")
-        self._sessions: set[asyncio.Task[None]] = set()
         self._fault: Fault | None = None
         self._count = 0
         self._awaited: list[str] = []
         self.hit: str | None = None
         self.calls: Counter[str] = Counter()
-        self._thread.start()
-        self._server = self._run(asyncio.start_server(self._accept, "127.0.0.1", 0, limit=1 << 20))
-        port = self._server.sockets[0].getsockname()[1]
-        login = parts.netloc.rpartition("@")[0]
-        self.dsn = urlunsplit(
-            parts._replace(
-                netloc=f"{login}@127.0.0.1:{port}",
-                query="&".join(filter(None, (parts.query, "sslmode=disable&gssencmode=disable"))),
-            )
-        )
-
-    def __enter__(self) -> NthCallProxy:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._run(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        super().__init__(dsn, limit=1 << 20)
 
     def arm(self, fault: Fault | None) -> None:
         """Count anew, and break the call that `fault` names; None only counts."""
@@ -109,24 +81,8 @@ class NthCallProxy:
 
         self._run(arm())
 
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
-
-    async def _close(self) -> None:
-        self._server.close()
-        for session in self._sessions:
-            session.cancel()
-        await asyncio.gather(*self._sessions, return_exceptions=True)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._sessions.add(task)
-        try:
-            with contextlib.suppress(OSError, EOFError, asyncio.CancelledError):
-                await _Session(self, reader, writer).run(self._upstream)
-        finally:
-            self._sessions.discard(task)
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _Session(self, reader, writer).run(self._upstream)
 
     def strikes(self, kind: str, call: str) -> How | None:
         """Count a call; how to break it, if it is its turn."""

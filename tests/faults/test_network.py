@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 
 from tests.acceptance.workers import Worker, eventually
-from tests.faults.network import Proxy, RemoteServer, remote_server
+from tests.faults.network import LossyProxy, RemoteServer, remote_server
 from tests.faults.report import Report
 from tests.faults.scene import Producer, Scene, own_scene
 
@@ -159,9 +159,9 @@ def test_the_server_restarts_while_nobody_can_hear(far: Remote) -> None:
 
 
 @contextmanager
-def proxied_scene(dsn: str, folder: Path, report: Report) -> Iterator[tuple[Scene, Proxy]]:
+def proxied_scene(dsn: str, folder: Path, report: Report) -> Iterator[tuple[Scene, LossyProxy]]:
     """A scene whose workers and producers reach the database through a proxy."""
-    with Proxy(dsn) as proxy:
+    with LossyProxy(dsn) as proxy:
         through = {"dsn_of_producers": proxy.dsn, "dsn_of_workers": proxy.dsn}
         with own_scene(dsn, folder, report, **through) as scene:
             yield scene, proxy
