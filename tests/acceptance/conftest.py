@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pgqueue.database.migrate import upgrade
-from tests.acceptance.workers import Gate, Jobs, Ledger, Worker, Workers
+from tests.acceptance.workers import APPS, Gate, Jobs, Ledger, Worker, Workers
+from tests.servers import Server, own_server
 
 
 @pytest.fixture
@@ -55,16 +56,52 @@ class Shared:
         return self.workers.ledger
 
 
-@pytest.fixture(scope="module")
-def shared(postgres: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
-    """A worker on a database of its own, for tests that leave it as it is."""
+@contextmanager
+def own_queue(postgres: Any, folder: Path, apps: Path = APPS) -> Iterator[tuple[Jobs, Workers]]:
+    """An empty queue in a database of its own, for all tests of a module."""
     database = postgres.create_database()
     try:
         upgrade(database.dsn)
-        folder = tmp_path_factory.mktemp("shared")
-        with closing(Jobs(database.dsn)) as jobs, Workers(database.dsn, folder) as workers:
-            worker = workers.start("-c", "2")
-            jobs.finished(jobs.add("echo", "warm"))
-            yield Shared(jobs, workers, worker)
+        with closing(Jobs(database.dsn)) as jobs, Workers(database.dsn, folder, apps) as workers:
+            yield jobs, workers
     finally:
         postgres.drop_database(database)
+
+
+@pytest.fixture(scope="module")
+def shared(postgres: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """A worker on a database of its own, for tests that leave it as it is."""
+    with own_queue(postgres, tmp_path_factory.mktemp("shared")) as (jobs, workers):
+        worker = workers.start("-c", "2")
+        jobs.finished(jobs.add("echo", "warm"))
+        yield Shared(jobs, workers, worker)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server that the tests of a module may stop and kill."""
+    with own_server() as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class Place:
+    """A queue on a server that comes and goes."""
+
+    server: Server
+    jobs: Jobs
+    workers: Workers
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.workers.ledger
+
+
+@pytest.fixture
+def place(server: Server, tmp_path: Path) -> Iterator[Place]:
+    """An empty queue on that server, which is up again when the workers are stopped."""
+    server.start()
+    dsn = server.new_database()
+    with closing(Jobs(dsn)) as jobs, Workers(dsn, tmp_path) as workers:
+        yield Place(server, jobs, workers)
+        server.start()

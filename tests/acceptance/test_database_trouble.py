@@ -6,48 +6,16 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
 
 from pgqueue.database.migrate import head_revision
+from tests.acceptance.conftest import Place
 from tests.acceptance.workers import Gate, Jobs, Ledger, Worker, Workers, eventually
-from tests.servers import Server, own_server
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nothing"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with own_server() as server:
-        yield server
-
-
-@dataclass(frozen=True)
-class Place:
-    """A queue on the server that comes and goes."""
-
-    server: Server
-    jobs: Jobs
-    workers: Workers
-
-    @property
-    def ledger(self) -> Ledger:
-        return self.workers.ledger
-
-
-@pytest.fixture
-def place(server: Server, tmp_path: Path) -> Iterator[Place]:
-    server.start()
-    dsn = server.new_database()
-    with closing(Jobs(dsn)) as jobs, Workers(dsn, tmp_path) as workers:
-        yield Place(server, jobs, workers)
-        server.start()
 
 
 def complaints(worker: Worker) -> list[str]:

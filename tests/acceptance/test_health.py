@@ -25,8 +25,8 @@ import pytest
 
 from pgqueue.cli.main import main
 from pgqueue.worker.health import BLIND, CLAIM_PATIENCE
+from tests.acceptance.conftest import Place
 from tests.acceptance.workers import PACKAGE, Gate, Jobs, Ledger, Worker, Workers, eventually
-from tests.servers import Server, own_server
 
 SABOTAGE = '''
 """Imported by Python before everything else: lets parts of a worker hang while a file is there."""
@@ -337,30 +337,6 @@ class TestHangs:
         until(worker, 200, 200, "it goes on")
         assert jobs.finished(jobs.add("echo", 1))["state"] == "succeeded"
         assert "worker_not_live" not in worker.log
-
-
-@dataclass(frozen=True)
-class Place:
-    """A queue on a server that comes and goes."""
-
-    server: Server
-    jobs: Jobs
-    workers: Workers
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with own_server() as server:
-        yield server
-
-
-@pytest.fixture
-def place(server: Server, tmp_path: Path) -> Iterator[Place]:
-    server.start()
-    dsn = server.new_database()
-    with closing(Jobs(dsn)) as jobs, Workers(dsn, tmp_path) as workers:
-        yield Place(server, jobs, workers)
-        server.start()
 
 
 class TestDatabase:

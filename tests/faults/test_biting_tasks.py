@@ -8,31 +8,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pgqueue.database.migrate import upgrade
-from tests.acceptance.workers import Jobs, Ledger, Worker, Workers, eventually, gone
+from tests.acceptance.conftest import Shared, own_queue
+from tests.acceptance.workers import eventually, gone
 from tests.conftest import command
 
 APPS = Path(__file__).with_name("apps")
 
 
 @dataclass(frozen=True)
-class Cage:
+class Cage(Shared):
     """The worker of this module."""
-
-    jobs: Jobs
-    workers: Workers
-    worker: Worker
-
-    @property
-    def ledger(self) -> Ledger:
-        return self.workers.ledger
 
     def add(self, task: str, *args: Any) -> str:
         return self.jobs.add(f"biting_app.{task}", *args)
@@ -70,17 +61,11 @@ def _no_leftovers() -> None:
 
 @pytest.fixture(scope="module")
 def cage(postgres: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cage]:
-    database = postgres.create_database()
-    try:
-        upgrade(database.dsn)
-        folder = tmp_path_factory.mktemp("cage")
-        with closing(Jobs(database.dsn)) as jobs, Workers(database.dsn, folder, APPS) as workers:
-            worker = workers.start("-c", "1", "--max-crashes", "1", app="biting_app:app")
-            cage = Cage(jobs, workers, worker)
-            cage.goes_on()
-            yield cage
-    finally:
-        postgres.drop_database(database)
+    with own_queue(postgres, tmp_path_factory.mktemp("cage"), APPS) as (jobs, workers):
+        worker = workers.start("-c", "1", "--max-crashes", "1", app="biting_app:app")
+        cage = Cage(jobs, workers, worker)
+        cage.goes_on()
+        yield cage
 
 
 ERRORS = {

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 import pytest
 
-from pgqueue.database.migrate import upgrade
+from tests.acceptance.conftest import own_queue
 from tests.acceptance.workers import Jobs, Worker, Workers
 
 AT_ONCE = 10.0
@@ -63,17 +62,11 @@ class House:
 
 @pytest.fixture(scope="module")
 def house(postgres: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    database = postgres.create_database()
-    try:
-        upgrade(database.dsn)
-        folder = tmp_path_factory.mktemp("house")
-        with closing(Jobs(database.dsn)) as jobs, Workers(database.dsn, folder) as workers:
-            worker = workers.start("-c", "2", "--heartbeat", "0.3", "--lease", "5", all_queues=True)
-            jobs.finished(jobs.add("echo", "warm"))
-            crew = frozenset(each.pid for each in worker.full_crew())
-            yield House(jobs, worker, crew)
-    finally:
-        postgres.drop_database(database)
+    with own_queue(postgres, tmp_path_factory.mktemp("house")) as (jobs, workers):
+        worker = workers.start("-c", "2", "--heartbeat", "0.3", "--lease", "5", all_queues=True)
+        jobs.finished(jobs.add("echo", "warm"))
+        crew = frozenset(each.pid for each in worker.full_crew())
+        yield House(jobs, worker, crew)
 
 
 def nested(levels: int, inside: str = "1") -> str:
