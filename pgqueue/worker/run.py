@@ -16,7 +16,7 @@ from typing import Any
 from pgqueue.config import Config
 from pgqueue.errors import AppNotLoaded
 from pgqueue.worker.prefork import Prefork
-from pgqueue.worker.signals import stop_signals
+from pgqueue.worker.signals import STOP_SIGNALS, stop_signals
 from pgqueue.worker.supervisor import Supervisor, unless_set
 from pgqueue.worker.wire import clock
 
@@ -47,9 +47,10 @@ def run_worker(
         AppNotLoaded: The application cannot be imported.
         PgQueueError: The worker could not start; the message says why.
     """
-    return asyncio.run(
-        _serve(target, version, {k: v for k, v in flags.items() if v is not None}, queues, weights)
-    )
+    overrides = {name: value for name, value in flags.items() if value is not None}
+    # Held back until the loop listens: a handler that raises would leave a half-made loop behind.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    return asyncio.run(_serve(target, version, overrides, queues, weights))
 
 
 async def _serve(
@@ -100,10 +101,11 @@ class StopRequests:
         self._heard: list[signal.Signals] = []
 
     def listen(self) -> None:
-        """Take over the signals."""
+        """Take over the signals, also those that were held back."""
         self._heard = stop_signals()
         for number in self._heard:
             self._loop.add_signal_handler(number, self._hear, number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def ignore_more(self) -> None:
         """From here on the end is decided, and a late signal must not change it."""

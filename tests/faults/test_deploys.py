@@ -254,6 +254,18 @@ class TestStartingUp:
         assert worker.wait(within=5) == ExitStatus.DONE
         assert "Traceback" not in worker.log
 
+    def test_while_the_event_loop_is_being_made(self, jobs: Jobs, workers: Workers) -> None:
+        process = subprocess.run(
+            [sys.executable, "-c", SIGNALLED_EARLY, "-A", "tests_app:app", "worker", "-c", "1"],
+            cwd=Path(__file__).parents[1] / "acceptance" / "apps",
+            env=workers.environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert process.returncode == ExitStatus.DONE
+        assert "Traceback" not in process.stderr
+
     def test_at_any_moment(self, jobs: Jobs, workers: Workers) -> None:
         """From the first moment to the last; before Python is up the kernel ends it, which is as good."""
         moments = [0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0]
@@ -291,6 +303,17 @@ class TestWithoutADatabase:
                 worker.wait_for_log("worker_left_jobs")
                 server.start()
 
+
+SIGNALLED_EARLY = """
+import os, selectors, signal
+import pgqueue.cli.main as main
+make = selectors.DefaultSelector.__init__
+def signalled(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    make(self)
+selectors.DefaultSelector.__init__ = signalled
+main.main()
+"""
 
 BOOM = """
 import pgqueue.cli.main as main
