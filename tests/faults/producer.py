@@ -151,12 +151,15 @@ class Producer:
 
 def main() -> None:
     log, rate, prefix = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+    # Until it listens there is no log.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     producer = Producer(log, prefix, sys.argv[4] if len(sys.argv) > 4 else "quick")
 
     def stop(*_: object) -> None:
         producer.stopping = True
 
     signal.signal(signal.SIGTERM, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     producer.run(rate)
 
 

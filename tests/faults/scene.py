@@ -51,6 +51,7 @@ class Producer:
     def stop(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
+            eventually(self.log.exists, "the producer has come up", 60)
             self.process.terminate()
         assert self.process.wait(60) == 0, "the producer failed"
 
