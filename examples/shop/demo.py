@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from shop.screen import Gauge, make_screen
 
 QUEUES = ("email", "invoices", "shipping")
 OUTAGE = 2.0
-"""Seconds for which the shipping service refuses connections."""
+"""Seconds for which the shipping service refuses connections, from when somebody first felt it."""
 STALL_TIMEOUT = 60
 """Seconds in which nothing moves, after which the run is given up."""
 LOOK_INTERVAL = 0.2
@@ -120,9 +121,7 @@ class Demo:
         """Start the shop, let the customers in, wait until every job has ended, and close the shop."""
         (folder / "invoices").mkdir()
         with Children(folder, self._environment(dsn, folder)) as children:
-            services = children.start(
-                "mail and shipping", "-m", "shop.services", str(folder), "--outage", str(OUTAGE)
-            )
+            services = children.start("mail and shipping", "-m", "shop.services", str(folder), "--down")
             web = children.start(
                 "web application", "-m", "uvicorn", "shop.web:web", "--port", "0", "--no-access-log"
             )
@@ -135,8 +134,11 @@ class Demo:
                 "worker", "-Q", queues, "-c", str(self._concurrency),
             )  # fmt: skip
             (url,) = web.await_line(r"running on (http://\S+)", interruptions.pause)
-            self._say(f"shop {url}  mail {smtp}  shipping {shipping}, down for the first {OUTAGE:.0f} s")
-            answers = self._drive(url, children, worker, connection, interruptions)
+            self._say(f"shop {url}  mail {smtp}  shipping {shipping}, down at first")
+            outage = Outage(
+                Gauge(connection, self._config.schema, self._queues[-1:], self._first_id), services
+            )
+            answers = self._drive(url, children, worker, outage, connection, interruptions)
             # First the producers, then the worker, then what the worker's jobs talk to.
             web.stop()
             worker.drained()
@@ -148,6 +150,7 @@ class Demo:
         url: str,
         children: Children,
         worker: Child,
+        outage: Outage,
         connection: psycopg.Connection[Any],
         interruptions: Interruptions,
     ) -> list[Answer]:
@@ -161,6 +164,7 @@ class Demo:
                 if moment.done:
                     return customers.answers()
                 children.check()
+                outage.look()
                 if moment != last:
                     last, since = moment, time.monotonic()
                 elif time.monotonic() - since > STALL_TIMEOUT:
@@ -213,6 +217,31 @@ class Demo:
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Outage:
+    """Ends the shipping service's outage, which is no use if it is over before anybody felt it.
+
+    Args:
+        gauge: Of the jobs that call the service.
+        services: The process it runs in.
+    """
+
+    def __init__(self, gauge: Gauge, services: Child) -> None:
+        self._gauge = gauge
+        self._services = services
+        self._felt: float | None = None
+        self._over = False
+
+    def look(self) -> None:
+        """To be called again and again."""
+        now = time.monotonic()
+        if self._felt is None:
+            if self._gauge.read(0, []).retries:
+                self._felt = now
+        elif not self._over and now - self._felt >= OUTAGE:
+            self._over = True
+            self._services.send(signal.SIGUSR1)
 
 
 def describe(connection: psycopg.Connection[Any]) -> str:

@@ -148,6 +148,10 @@ class Child:
             pause(0.02)
         return found.groups()
 
+    def send(self, number: signal.Signals) -> None:
+        """Signal it."""
+        self._process.send_signal(number)
+
     def stop(self) -> int | None:
         """SIGTERM, wait, and SIGKILL what is left of its session; its exit status, None if it did not stop
         in time.

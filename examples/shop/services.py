@@ -1,11 +1,11 @@
 """The world outside the shop: a mail server and a shipping service that misbehave as real ones do.
 
-    python -m shop.services FOLDER [--outage SECONDS]
+    python -m shop.services FOLDER [--down]
 
 The mail server delivers into the Maildir `FOLDER/mail`. It greylists some recipients (451 the first time,
-welcome the second) and knows of no `nobody@`. The shipping service is down at first: connections are
-refused until `--outage` seconds after the first mail. Then it is busy (503, with Retry-After) when some
-orders first come. It writes `FOLDER/shipments/<order>.json`.
+welcome the second) and knows of no `nobody@`. The shipping service is busy (503, with Retry-After) when some
+orders first come; with `--down` it refuses connections until SIGUSR1. It writes
+`FOLDER/shipments/<order>.json`.
 
 Both keep what they did in files, so that an audit can look at the effects without asking the queue.
 """
@@ -18,7 +18,6 @@ import json
 import signal
 import socket
 import threading
-import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -43,13 +42,11 @@ class Mailroom(Mailbox):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.first_mail = threading.Event()
         self._seen: set[str] = set()
 
     async def handle_RCPT(
         self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
     ) -> str:
-        self.first_mail.set()
         if address.startswith("nobody@"):
             return "550 5.1.1 no such mailbox"
         if picked(address, GREYLISTED) and address not in self._seen:
@@ -110,9 +107,11 @@ class ShippingService:
         return "http://{}:{}".format(*self._server.server_address[:2])
 
     def open(self) -> None:
-        # The port has been ours since __init__; only now does it listen.
-        self._server.server_activate()
-        self._thread.start()
+        """Answer from now on; it may be open already."""
+        if not self._thread.is_alive():
+            # The port has been ours since __init__; only now does it listen.
+            self._server.server_activate()
+            self._thread.start()
 
     def close(self) -> None:
         if self._thread.is_alive():
@@ -164,21 +163,18 @@ def main() -> None:
     """Run both until SIGTERM."""
     parser = argparse.ArgumentParser(description="A mail server and a shipping service for the shop.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--outage", type=float, default=0, metavar="SECONDS")
+    parser.add_argument("--down", action="store_true", help="refuse to ship until SIGUSR1")
     arguments = parser.parse_args()
     # Blocked before any thread starts, so that only sigwait below sees it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+    awaited = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     mail, shipping = MailServer(arguments.folder / "mail"), ShippingService(arguments.folder / "shipments")
     mail.start()
-    print(f"smtp {mail.address} shipping {shipping.url}", flush=True)
-
-    def end_outage() -> None:
-        mail.mailroom.first_mail.wait()
-        time.sleep(arguments.outage)
+    if not arguments.down:
         shipping.open()
-
-    threading.Thread(target=end_outage, daemon=True).start()
-    signal.sigwait([signal.SIGTERM, signal.SIGINT])
+    print(f"smtp {mail.address} shipping {shipping.url}", flush=True)
+    while signal.sigwait(awaited) == signal.SIGUSR1:
+        shipping.open()
     mail.stop()
 
 
