@@ -114,8 +114,10 @@ class StopRequests:
             signal.signal(number, signal.SIG_IGN)
 
     def hand_to(self, stop: Callable[[bool], None]) -> None:
-        """Call `stop` for requests from now on, with whether not to wait for running jobs."""
+        """Call `stop` for requests, also for one that has come, with whether not to wait for running jobs."""
         self._stop = stop
+        if self.event.is_set():
+            stop(self._at_once)
 
     def _hear(self, number: signal.Signals) -> None:
         now = clock()

@@ -266,6 +266,18 @@ class TestStartingUp:
         assert process.returncode == ExitStatus.DONE
         assert "Traceback" not in process.stderr
 
+    def test_at_the_moment_the_application_is_there(self, jobs: Jobs, workers: Workers) -> None:
+        process = subprocess.run(
+            [sys.executable, "-c", SIGNALLED_ON_START, "-A", "tests_app:app", "worker", "-c", "1"],
+            cwd=Path(__file__).parents[1] / "acceptance" / "apps",
+            env=workers.environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert process.returncode == ExitStatus.DONE
+        assert "Traceback" not in process.stderr
+
     def test_at_any_moment(self, jobs: Jobs, workers: Workers) -> None:
         """From the first moment to the last; before Python is up the kernel ends it, which is as good."""
         moments = [0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0]
@@ -312,6 +324,18 @@ def signalled(self):
     os.kill(os.getpid(), signal.SIGTERM)
     make(self)
 selectors.DefaultSelector.__init__ = signalled
+main.main()
+"""
+
+SIGNALLED_ON_START = """
+import signal
+import pgqueue.cli.main as main
+from pgqueue.worker import run
+hand_to = run.StopRequests.hand_to
+def signalled(self, stop):
+    self._hear(signal.SIGTERM)
+    hand_to(self, stop)
+run.StopRequests.hand_to = signalled
 main.main()
 """
 
