@@ -119,7 +119,8 @@ def test_jitter_draws_from_nothing_to_the_backoff(shared: Shared) -> None:
     jobs = shared.jobs
     many = jobs.add_many("backs_off_with_jitter", [()] * 60)
     drawn = []
-    for retries, most in ((1, 1_000), (2, 2_000), (3, 3_000), (4, 3_000)):
+    # So long that none of them comes due by itself meanwhile.
+    for retries, most in ((1, 10_000_000), (2, 20_000_000), (3, 30_000_000), (4, 30_000_000)):
         for job in many:
             until_retry(jobs, job, retries)
         delays = [delay(jobs, job) for job in many]

@@ -343,7 +343,13 @@ def backs_off(self: TaskContext) -> None:
     raise Passing("backing off")
 
 
-@app.task(bind=True, autoretry_for=(Passing,), retry_backoff=1_000, retry_backoff_max=3_000, max_retries=5)
+@app.task(
+    bind=True,
+    autoretry_for=(Passing,),
+    retry_backoff=10_000_000,
+    retry_backoff_max=30_000_000,
+    max_retries=5,
+)
 def backs_off_with_jitter(self: TaskContext) -> None:
     raise Passing("backing off")
 
