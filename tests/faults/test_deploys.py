@@ -255,28 +255,14 @@ class TestStartingUp:
         assert "Traceback" not in worker.log
 
     def test_while_the_event_loop_is_being_made(self, jobs: Jobs, workers: Workers) -> None:
-        process = subprocess.run(
-            [sys.executable, "-c", SIGNALLED_EARLY, "-A", "tests_app:app", "worker", "-c", "1"],
-            cwd=Path(__file__).parents[1] / "acceptance" / "apps",
-            env=workers.environment(),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert process.returncode == ExitStatus.DONE
-        assert "Traceback" not in process.stderr
+        done = run_script(workers, SIGNALLED_EARLY, "-A", "tests_app:app", "worker", "-c", "1")
+        assert done.returncode == ExitStatus.DONE
+        assert "Traceback" not in done.stderr
 
     def test_at_the_moment_the_application_is_there(self, jobs: Jobs, workers: Workers) -> None:
-        process = subprocess.run(
-            [sys.executable, "-c", SIGNALLED_ON_START, "-A", "tests_app:app", "worker", "-c", "1"],
-            cwd=Path(__file__).parents[1] / "acceptance" / "apps",
-            env=workers.environment(),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert process.returncode == ExitStatus.DONE
-        assert "Traceback" not in process.stderr
+        done = run_script(workers, SIGNALLED_ON_START, "-A", "tests_app:app", "worker", "-c", "1")
+        assert done.returncode == ExitStatus.DONE
+        assert "Traceback" not in done.stderr
 
     def test_at_any_moment(self, jobs: Jobs, workers: Workers) -> None:
         """From the first moment to the last; before Python is up the kernel ends it, which is as good."""
@@ -314,6 +300,18 @@ class TestWithoutADatabase:
                 assert worker.stop(signal.SIGQUIT, within=15) == ExitStatus.INTERRUPTED
                 worker.wait_for_log("worker_left_jobs")
                 server.start()
+
+
+def run_script(workers: Workers, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script that meddles with `pgqueue` and then runs it, at its end."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=Path(__file__).parents[1] / "acceptance" / "apps",
+        env=workers.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 SIGNALLED_EARLY = """
@@ -395,13 +393,7 @@ class TestExitStatus:
         assert said.strip() == "pgqueue: interrupted"
 
     def test_of_a_bug(self, workers: Workers) -> None:
-        done = subprocess.run(
-            [sys.executable, "-c", BOOM],
-            env=workers.environment(),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = run_script(workers, BOOM)
         assert done.returncode == ExitStatus.BUG
         assert "ZeroDivisionError: nobody thought of this" in done.stderr
 
