@@ -4,7 +4,7 @@ Importing this loads no database driver, no command line and no worker.
 """
 
 from pgqueue.app import PgQueue
-from pgqueue.enqueue import JobOptions
+from pgqueue.context import Request, TaskContext
 from pgqueue.errors import (
     AppNotLoaded,
     ConfigError,
@@ -31,8 +31,9 @@ from pgqueue.errors import (
     WorkerError,
     WrongDatabase,
 )
+from pgqueue.options import JobOptions
 from pgqueue.result import AsyncResult
-from pgqueue.task import Request, Signature, Task, TaskContext
+from pgqueue.task import Signature, Task
 
 __version__ = "0.1.0"
 

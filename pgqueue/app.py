@@ -15,14 +15,22 @@ from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, TypeVar, Unpac
 from pgqueue.codec import encode_plain
 from pgqueue.config import Config
 from pgqueue.database.connection import recognise_async, recognise_sync
-from pgqueue.enqueue import Client, JobOptions, build_request, check_arguments, check_option_names
+from pgqueue.enqueue import Client, build_request
 from pgqueue.errors import ConfigError, DuplicateTask, UnknownTask, shown
 from pgqueue.job import JobRequest, check_id, check_priority, check_queue, check_task_name
+from pgqueue.options import (
+    TASK_DEFAULTS,
+    TASK_OPTIONS,
+    JobOptions,
+    TaskOptions,
+    check_arguments,
+    check_option_names,
+    check_task_options,
+    retry_options,
+)
 from pgqueue.result import AsyncResult
 from pgqueue.retry import RetryPolicy
 from pgqueue.task import (
-    TASK_DEFAULTS,
-    TASK_OPTIONS,
     AsyncConnection,
     AsyncTask,
     BoundDecorator,
@@ -30,9 +38,6 @@ from pgqueue.task import (
     Signature,
     SyncConnection,
     Task,
-    TaskOptions,
-    _retry_options,
-    check_task_options,
 )
 
 if TYPE_CHECKING:
@@ -276,7 +281,7 @@ class PgQueue:
 
     @cached_property
     def default_policy(self) -> RetryPolicy:
-        return RetryPolicy.from_options(_retry_options(self.defaults))
+        return RetryPolicy.from_options(retry_options(self.defaults))
 
     def route(self, task_name: str) -> TaskRoute:
         """Where `task_routes` sends the task."""

@@ -10,7 +10,6 @@ enqueued, finished or buried meanwhile is not enqueued again. When that cannot b
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -18,8 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pgqueue.codec import encode_headers
 from pgqueue.database.connection import (
@@ -42,6 +40,7 @@ from pgqueue.database.dsn import cut
 from pgqueue.errors import ConfigError, DatabaseError, EnqueueUncertain, shown
 from pgqueue.failpoints import armed, failpoint
 from pgqueue.job import JobRequest, check_id, check_priority, check_queue, new_id
+from pgqueue.options import check_max_retries, check_seconds, check_time
 
 if TYPE_CHECKING:
     from pgqueue.database.pool import Database
@@ -54,85 +53,10 @@ CHUNK: Final = 1_000
 COPY_CHUNK: Final = 20_000
 """Jobs per COPY: bounds the memory for their text, and each costs a round trip."""
 
-MAX_SECONDS: Final = 250_000_000_000
-"""Nearly eight thousand years: a later time does not fit a datetime."""
-
-LONG_AGO: Final = 1_000_000_000
-"""Thirty years: what lies further back is as past, and may fall off the calendars of Python and Postgres."""
-
 REPEAT_FOR: Final = 3.0
 ASK_HOME_AGAIN: Final = 60.0
 _PAUSES: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """Seconds between repeats after a connection broke; a database that only restarts is back by then."""
-
-
-class JobOptions(TypedDict, total=False):
-    """Options of one enqueue.
-
-    Attributes:
-        countdown: Seconds from now, by the database's clock. Excludes `eta`.
-        eta: Earliest time to run, with a timezone.
-        expires: Seconds from now, or a time with a timezone, after which the job is neither run nor retried.
-        priority: 0 to 9, larger runs first.
-        queue: Where to put it.
-        max_retries: For this job instead of its task's; -1 for ever.
-        job_id: A UUID of the caller's own. A job that has or had it is not enqueued again.
-        headers: JSON values that travel with the job.
-    """
-
-    countdown: float | None
-    eta: datetime | None
-    expires: float | datetime | None
-    priority: int | None
-    queue: str | None
-    max_retries: int | None
-    job_id: str | UUID | None
-    headers: Mapping[str, Any] | None
-
-
-JOB_OPTIONS: Final = frozenset(JobOptions.__annotations__)
-
-_CELERY_OPTIONS: Final = {
-    "task_id": "it is called job_id here",
-    "routing_key": "it is called queue here",
-    "exchange": "it is called queue here",
-    "retry": "a lost connection is repeated by itself",
-    "retry_policy": "a lost connection is repeated by itself",
-    "link": "enqueue the next job at the end of the task",
-    "link_error": "a job that failed is a dead letter",
-    "ignore_result": "results are kept as long as history is",
-    "serializer": "arguments are always JSON",
-    "compression": "Postgres compresses large arguments",
-    "producer": "pass a connection",
-    "delay": "it is called countdown here",
-    "run_at": "it is called eta here",
-}
-
-
-def check_option_names(call: str, options: Mapping[str, object]) -> None:
-    """TypeError naming ours, if an option is not of `JobOptions`."""
-    if options.keys() <= JOB_OPTIONS:
-        return
-    unknown = [f"{shown(name)}{_meant(str(name))}" for name in options if name not in JOB_OPTIONS]
-    raise TypeError(f"{call}() got an unknown option {', '.join(unknown)}")
-
-
-def check_arguments(task: str, args: object, kwargs: object) -> None:
-    """TypeError unless args is a list, a tuple or the like, and kwargs a mapping with text as keys."""
-    if not isinstance(args, Sequence) or isinstance(args, (str, bytes, bytearray)):
-        raise TypeError(f"{task}: args must be a list or tuple, got {shown(args)}")
-    if not isinstance(kwargs, Mapping):
-        raise TypeError(f"{task}: kwargs must be a mapping, got {shown(kwargs)}")
-    for name in kwargs:
-        if not isinstance(name, str):
-            raise TypeError(f"{task}: names in kwargs must be text, got {shown(name)}")
-
-
-def _meant(name: str) -> str:
-    if name in _CELERY_OPTIONS:
-        return f" ({_CELERY_OPTIONS[name]})"
-    close = difflib.get_close_matches(name, JOB_OPTIONS, n=1)
-    return f" (did you mean {close[0]}?)" if close else f" (known are {', '.join(sorted(JOB_OPTIONS))})"
 
 
 def build_request(
@@ -185,46 +109,6 @@ def build_request(
         headers="{}" if headers is None else _encode_headers(headers),
         given_id=job_id is not None,
     )
-
-
-def check_time(name: str, value: object) -> datetime:
-    """The time in UTC; TypeError unless it is a datetime, ValueError unless it has a timezone."""
-    if not isinstance(value, datetime):
-        raise TypeError(f"{name} must be a datetime with a timezone, got {shown(value)}")
-    if value.utcoffset() is None:
-        raise ValueError(
-            f"{name} must have a timezone, got {value!r}; for UTC use {name}.replace(tzinfo=timezone.utc)"
-        )
-    try:
-        moment = value.astimezone(UTC)
-    except OverflowError:
-        moment = datetime.max.replace(tzinfo=UTC)
-    if moment.year >= 9999:
-        raise ValueError(f"{name} must be before the year 9999, got {value!r}")
-    return moment
-
-
-def check_seconds(name: str, value: object) -> float:
-    """A finite number of seconds; a negative one is in the past."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        expected = "a number of seconds" if name == "countdown" else "a number of seconds or a datetime"
-        raise TypeError(f"{name} must be {expected}, got {shown(value)}")
-    if not abs(value) <= MAX_SECONDS:  # NaN is not, and a whole number too large for a float is compared too
-        raise ValueError(
-            f"{name} must be a finite number of seconds before the year 9999, got {shown(value)}"
-        )
-    return max(float(value), -LONG_AGO)
-
-
-def check_max_retries(value: object) -> int | None:
-    """None for the task's own, -1 for ever, else a number from 0."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"max_retries must be a whole number, got {shown(value)}")
-    if value < -1 or value > 2**31 - 1:
-        raise ValueError(f"max_retries must be from 0 to {2**31 - 1}, or -1 for ever, got {shown(value)}")
-    return value
 
 
 def _encode_headers(headers: object) -> str:

@@ -1,24 +1,20 @@
-"""Tasks: functions known by name, the calls that enqueue them, and what a running one can see of its job."""
+"""Tasks: functions known by name, and the calls that enqueue them."""
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property, update_wrapper
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
     Any,
     Concatenate,
-    Final,
     Generic,
     NoReturn,
     ParamSpec,
     Protocol,
-    TypedDict,
     TypeVar,
     Unpack,
     cast,
@@ -26,81 +22,16 @@ from typing import (
 )
 
 from pgqueue.codec import ArgumentCodec
+from pgqueue.context import Request, TaskContext
 from pgqueue.database.connection import AsyncCaller, SyncCaller, recognise, recognise_async, recognise_sync
-from pgqueue.enqueue import (
-    Client,
-    JobOptions,
-    build_request,
-    check_arguments,
-    check_max_retries,
-    check_option_names,
-    check_seconds,
-    check_time,
-)
-from pgqueue.errors import ConfigError, Retry, shown
-from pgqueue.job import JobRequest, check_priority, check_queue, check_task_name, new_id
+from pgqueue.enqueue import Client, build_request
+from pgqueue.job import JobRequest, new_id
+from pgqueue.options import JobOptions, check_arguments, check_option_names, retry_options
 from pgqueue.result import AsyncResult, current_request
-from pgqueue.retry import RETRY_OPTIONS, RetryPolicy
+from pgqueue.retry import RetryPolicy
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class TaskDefaults(TypedDict, total=False):
-    """Options of a task that an application can set for all its tasks.
-
-    Attributes:
-        queue: Where its jobs go.
-        priority: 0 to 9, larger runs first.
-        expires: Seconds after the enqueue from which on a job is not run or retried any more.
-        dead_letter_queue: The label of its dead letters; by default the job's queue.
-        autoretry_for: Exceptions after which a job runs again.
-        dont_autoretry_for: Exceptions taken out of `autoretry_for` again.
-        retry_kwargs: `max_retries` and `countdown` for `autoretry_for`.
-        max_retries: Runs after the first; -1 for ever.
-        default_retry_delay: Seconds between runs, when nothing else says.
-        retry_backoff: Seconds, doubled with every retry; True for 1.
-        retry_backoff_max: Seconds a backoff does not exceed.
-        retry_jitter: Whether to draw the delay from 0 to the backoff.
-    """
-
-    queue: str
-    priority: int
-    expires: float
-    dead_letter_queue: str
-    autoretry_for: type[BaseException] | Sequence[type[BaseException]]
-    dont_autoretry_for: type[BaseException] | Sequence[type[BaseException]]
-    retry_kwargs: Mapping[str, Any]
-    max_retries: int
-    default_retry_delay: float
-    retry_backoff: bool | float
-    retry_backoff_max: float
-    retry_jitter: bool
-
-
-class TaskOptions(TaskDefaults, total=False):
-    """What `@app.task` takes beside `bind`; `name` is `<module>.<function>` by default."""
-
-    name: str | None
-
-
-TASK_DEFAULTS: Final = frozenset(TaskDefaults.__annotations__)
-TASK_OPTIONS: Final = TASK_DEFAULTS | {"name", "bind"}
-
-_CELERY_OPTIONS: Final = {
-    "acks_late": "a job is acknowledged after it ran, always",
-    "task_acks_late": "a job is acknowledged after it ran, always",
-    "ignore_result": "results are kept as long as history is",
-    "store_errors_even_if_ignored": "errors are always kept",
-    "serializer": "arguments are always JSON",
-    "compression": "Postgres compresses large arguments",
-    "default_retry_max": "it is called retry_backoff_max here",
-    "routing_key": "it is called queue here",
-    "exchange": "it is called queue here",
-    "base": "tasks have no classes here",
-    "typing": "calls are always checked against the signature",
-    "retry_max": "it is called max_retries here",
-}
 
 
 class Route(Protocol):
@@ -151,100 +82,6 @@ class _AsyncpgConnection(Protocol):
 
 SyncConnection = _SyncConnection
 AsyncConnection = _AsyncConnection | _AsyncpgConnection
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """The job that a task runs for.
-
-    Attributes:
-        id: The job's id: the key to make the task idempotent with. Called directly: an id that no job has.
-        task: The task's name.
-        args: Decoded.
-        kwargs: Decoded.
-        retries: Failed runs that were retried before this one.
-        attempt: How often the job was claimed, this time included; with `id` a fencing token.
-        eta: When it was to run at the earliest, None for at once.
-        queue: Where it waited.
-        priority: 0 to 9.
-        headers: JSON values that travelled with it.
-        worker: Id of the worker that runs it, None when called directly.
-        called_directly: The function was called like any function: there is no job.
-    """
-
-    id: str
-    task: str
-    args: Sequence[Any] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    retries: int = 0
-    attempt: int = 1
-    eta: datetime | None = None
-    queue: str = ""
-    priority: int = 0
-    headers: Mapping[str, Any] = field(default_factory=dict)
-    worker: str | None = None
-    called_directly: bool = False
-
-
-class TaskContext:
-    """The first argument of a task declared with `bind=True`.
-
-    Attributes:
-        request: The job it runs for.
-        task: The task itself.
-    """
-
-    __slots__ = ("request", "task")
-
-    def __init__(self, task: Task[..., Any], request: Request) -> None:
-        self.task = task
-        self.request = request
-
-    @property
-    def app(self) -> Any:
-        """The application the task belongs to."""
-        return self.task.app
-
-    @property
-    def name(self) -> str:
-        return self.task.name
-
-    def retry(
-        self,
-        *,
-        countdown: float | None = None,
-        eta: datetime | None = None,
-        exc: BaseException | None = None,
-        max_retries: int | None = None,
-    ) -> NoReturn:
-        """End this run and let the job run again later; does not return.
-
-        Called directly there is no job to run again: the error at hand is raised instead.
-
-        Args:
-            countdown: Seconds from now; None for the task's own delay.
-            eta: Or when, with a timezone.
-            exc: Why; by default the exception being handled.
-            max_retries: A limit for this job from now on.
-
-        Raises:
-            Retry: Always, in a job.
-        """
-        if countdown is not None and eta is not None:
-            raise ValueError("countdown and eta exclude each other: give one of them")
-        if exc is not None and not isinstance(exc, BaseException):
-            raise TypeError(f"exc must be an exception, got {shown(exc)}")
-        cause = exc if exc is not None else sys.exception()
-        if self.request.called_directly and cause is not None:
-            raise cause
-        delay = None if countdown is None else check_seconds("countdown", countdown)
-        if eta is not None:
-            delay = (check_time("eta", eta) - datetime.now(UTC)).total_seconds()
-        raise Retry(
-            delay=None if delay is None else max(delay, 0.0),
-            cause=cause,
-            max_retries=check_max_retries(max_retries),
-        ) from cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +167,7 @@ class Task(Generic[P, R]):
     @cached_property
     def policy(self) -> RetryPolicy:
         """Whether and when a failed job runs again."""
-        return RetryPolicy.from_options(_retry_options(self.options), self._app.default_policy)
+        return RetryPolicy.from_options(retry_options(self.options), self._app.default_policy)
 
     @cached_property
     def _options(self) -> Mapping[str, Any]:
@@ -543,54 +380,3 @@ class BoundDecorator(Protocol):
     ) -> AsyncTask[P, R]: ...
     @overload
     def __call__(self, function: Callable[Concatenate[TaskContext, P], R], /) -> Task[P, R]: ...
-
-
-def check_task_options(options: Mapping[str, Any], known: frozenset[str], what: str) -> None:
-    """ConfigError naming all that is wrong with a task's options."""
-    import difflib
-
-    if not isinstance(options, Mapping):
-        raise ConfigError(f"{what} must be a dict of options, got {shown(options)}")
-    errors = []
-    for name in sorted(options.keys() - known, key=str):
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = _CELERY_OPTIONS.get(name) or (
-            f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
-        )
-        errors.append(f"unknown option {shown(name)} ({hint})")
-    for name, check in _CHECKS.items():
-        try:
-            if options.get(name) is not None:
-                check(options[name])
-        except (ValueError, TypeError) as error:
-            errors.append(f"{'' if str(error).startswith(name) else f'{name}: '}{error}")
-    try:
-        RetryPolicy.from_options(_retry_options(options))
-    except ConfigError as error:
-        errors.append(str(error))
-    if errors:
-        raise ConfigError(f"{what}: {'; '.join(errors)}")
-
-
-def _retry_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name in RETRY_OPTIONS}
-
-
-def _check_bind(bind: object) -> None:
-    if not isinstance(bind, bool):
-        raise TypeError(f"bind must be True or False, got {shown(bind)}")
-
-
-def _check_expires(expires: object) -> None:
-    if check_seconds("expires", expires) <= 0:
-        raise ValueError(f"expires must be greater than 0 seconds, got {shown(expires)}")
-
-
-_CHECKS: Final[dict[str, Callable[[Any], object]]] = {
-    "name": check_task_name,
-    "bind": _check_bind,
-    "queue": check_queue,
-    "priority": check_priority,
-    "expires": _check_expires,
-    "dead_letter_queue": check_queue,
-}

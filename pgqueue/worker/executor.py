@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 
 from pgqueue.codec import clean_text, encode_result
+from pgqueue.context import Request
 from pgqueue.errors import PayloadError, Retry, UnknownTask
 from pgqueue.failpoints import failpoint
 from pgqueue.retry import Again
 from pgqueue.shapes import class_name
-from pgqueue.task import Request
 from pgqueue.worker.signals import stay, stay_when_asked_to_stop
 from pgqueue.worker.wire import (
     Board,

@@ -1,0 +1,107 @@
+"""What a running task can see of its job, and say about it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+from pgqueue.errors import Retry, shown
+from pgqueue.options import check_max_retries, check_seconds, check_time
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The job that a task runs for.
+
+    Attributes:
+        id: The job's id: the key to make the task idempotent with. Called directly: an id that no job has.
+        task: The task's name.
+        args: Decoded.
+        kwargs: Decoded.
+        retries: Failed runs that were retried before this one.
+        attempt: How often the job was claimed, this time included; with `id` a fencing token.
+        eta: When it was to run at the earliest, None for at once.
+        queue: Where it waited.
+        priority: 0 to 9.
+        headers: JSON values that travelled with it.
+        worker: Id of the worker that runs it, None when called directly.
+        called_directly: The function was called like any function: there is no job.
+    """
+
+    id: str
+    task: str
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    retries: int = 0
+    attempt: int = 1
+    eta: datetime | None = None
+    queue: str = ""
+    priority: int = 0
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    worker: str | None = None
+    called_directly: bool = False
+
+
+class TaskContext:
+    """The first argument of a task declared with `bind=True`.
+
+    Attributes:
+        request: The job it runs for.
+        task: The `Task` itself.
+    """
+
+    __slots__ = ("request", "task")
+
+    def __init__(self, task: Any, request: Request) -> None:
+        self.task = task
+        self.request = request
+
+    @property
+    def app(self) -> Any:
+        """The application the task belongs to."""
+        return self.task.app
+
+    @property
+    def name(self) -> str:
+        name: str = self.task.name
+        return name
+
+    def retry(
+        self,
+        *,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        exc: BaseException | None = None,
+        max_retries: int | None = None,
+    ) -> NoReturn:
+        """End this run and let the job run again later; does not return.
+
+        Called directly there is no job to run again: the error at hand is raised instead.
+
+        Args:
+            countdown: Seconds from now; None for the task's own delay.
+            eta: Or when, with a timezone.
+            exc: Why; by default the exception being handled.
+            max_retries: A limit for this job from now on.
+
+        Raises:
+            Retry: Always, in a job.
+        """
+        if countdown is not None and eta is not None:
+            raise ValueError("countdown and eta exclude each other: give one of them")
+        if exc is not None and not isinstance(exc, BaseException):
+            raise TypeError(f"exc must be an exception, got {shown(exc)}")
+        cause = exc if exc is not None else sys.exception()
+        if self.request.called_directly and cause is not None:
+            raise cause
+        delay = None if countdown is None else check_seconds("countdown", countdown)
+        if eta is not None:
+            delay = (check_time("eta", eta) - datetime.now(UTC)).total_seconds()
+        raise Retry(
+            delay=None if delay is None else max(delay, 0.0),
+            cause=cause,
+            max_retries=check_max_retries(max_retries),
+        ) from cause
