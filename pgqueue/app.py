@@ -335,6 +335,7 @@ class PgQueue:
             queue=route.queue or defaults.get("queue") or self.default_queue,
             priority=self.default_priority if priority is None else priority,
             expires=defaults.get("expires"),
+            history=defaults.get("history", True),
         )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
 
 from pgqueue.codec import encode_headers
 from pgqueue.database.connection import (
@@ -39,8 +39,18 @@ from pgqueue.database.connection import (
 from pgqueue.database.dsn import cut
 from pgqueue.errors import ConfigError, DatabaseError, EnqueueUncertain, shown
 from pgqueue.failpoints import armed, failpoint
-from pgqueue.job import JobRequest, check_id, check_priority, check_queue, new_id
-from pgqueue.options import check_max_retries, check_seconds, check_time
+from pgqueue.job import OWN_HEADER, JobRequest, check_id, check_priority, check_queue, new_id
+from pgqueue.options import (
+    OnConflict,
+    UniqueUntil,
+    check_choice,
+    check_limit,
+    check_limits,
+    check_max_retries,
+    check_seconds,
+    check_time,
+    check_unique_key,
+)
 
 if TYPE_CHECKING:
     from pgqueue.database.pool import Database
@@ -68,6 +78,9 @@ def build_request(
     queue: str,
     priority: int,
     expires: float | None,
+    unique_until: str | None = None,
+    limits: tuple[float | None, float | None] = (None, None),
+    history: bool = True,
 ) -> JobRequest:
     """A checked request.
 
@@ -79,6 +92,9 @@ def build_request(
         queue: Unless the options say otherwise.
         priority: Unless the options say otherwise.
         expires: Seconds, unless the options say otherwise.
+        unique_until: Unless the options say otherwise.
+        limits: The task's soft and hard time limits, which those of the options have to fit.
+        history: See `JobRequest`.
 
     Raises:
         ValueError: An option's value is out of its range, or two exclude each other.
@@ -86,14 +102,17 @@ def build_request(
         PayloadError: `headers` are not JSON values.
     """
     if not options:
-        return JobRequest(new_id(), task, args, kwargs, queue, priority, expires_in=expires)
+        return JobRequest(new_id(), task, args, kwargs, queue, priority, expires_in=expires, history=history)
     get = options.get
     countdown, eta, until = get("countdown"), get("eta"), get("expires")
     if countdown is not None and eta is not None:
         raise ValueError("countdown and eta exclude each other: give one of them")
-    job_id, headers = get("job_id"), get("headers")
+    job_id = get("job_id")
     wanted_queue, wanted_priority = get("queue"), get("priority")
     at = isinstance(until, datetime)
+    unique_key = check_unique_key(get("unique_key"))
+    on_conflict = get("on_conflict") or "return"
+    check_choice("on_conflict", on_conflict, get_args(OnConflict))
     return JobRequest(
         id=new_id() if job_id is None else check_id(job_id),
         task=task,
@@ -106,15 +125,43 @@ def build_request(
         expires_at=check_time("expires", until) if at else None,
         expires_in=None if at else expires if until is None else check_seconds("expires", until),
         max_retries=check_max_retries(get("max_retries")),
-        headers="{}" if headers is None else _encode_headers(headers),
+        headers=_headers(options, unique_key, unique_until, limits),
+        unique_key=unique_key,
+        on_conflict=on_conflict,
+        history=history,
         given_id=job_id is not None,
     )
 
 
-def _encode_headers(headers: object) -> str:
+def _headers(
+    options: Mapping[str, Any],
+    unique_key: str | None,
+    unique_until: str | None,
+    limits: tuple[float | None, float | None],
+) -> str:
+    """The caller's headers, and under a key of ours what else travels with the job."""
+    own: dict[str, Any] = {}
+    soft = check_limit("soft_time_limit", options.get("soft_time_limit"))
+    hard = check_limit("time_limit", options.get("time_limit"))
+    if soft is not None:
+        own["soft_time_limit"] = soft
+    if hard is not None:
+        own["time_limit"] = hard
+    if own:
+        check_limits(limits[0] if soft is None else soft, limits[1] if hard is None else hard)
+    until = options.get("unique_until")
+    if until is not None:
+        check_choice("unique_until", until, get_args(UniqueUntil))
+    if unique_key is not None and (until or unique_until) == "start":
+        own["unique_until"] = "start"
+    headers = options.get("headers")
+    if headers is None:
+        return json.dumps({OWN_HEADER: own}) if own else "{}"
     if not isinstance(headers, Mapping):
         raise TypeError(f"headers must be a mapping, got {shown(headers)}")
-    return encode_headers(headers)
+    if OWN_HEADER in headers:
+        raise ValueError(f"headers: {OWN_HEADER!r} is a name of ours, choose another")
+    return encode_headers({**headers, OWN_HEADER: own} if own else headers)
 
 
 def insert_one(request: JobRequest, *, repeated: bool = False, flush: bool = False) -> Plan[str]:
@@ -292,7 +339,7 @@ class Attempt:
 
 
 def until_settled(
-    plan_for: Callable[[bool], Plan[T]], *, atomic: bool, job_id: str
+    plan_for: Callable[[bool], Plan[T]], *, atomic: bool, job_id: str, history: bool = True
 ) -> Generator[Attempt | Pause, Any, T]:
     """Enqueue on a connection of our own, again after it broke, until the database has said yes or no.
 
@@ -300,6 +347,7 @@ def until_settled(
         plan_for: Makes the plan; its argument says that the ids may have been used by an attempt before.
         atomic: The first attempt needs a transaction. A repeat always has one: it must be READ COMMITTED.
         job_id: For `EnqueueUncertain`.
+        history: The jobs will be remembered. Without, a repeat could run again what has succeeded meanwhile.
     """
     deadline = 0.0
     lost: ConnectionLost | None = None
@@ -313,6 +361,12 @@ def until_settled(
             failpoint("enqueue_after_commit")
             return result
         except ConnectionLost as error:
+            if not history:
+                raise EnqueueUncertain(
+                    f"the connection broke: job {job_id} may or may not be enqueued, and its task keeps no "
+                    "history that could tell; repeat the call if running it twice does no harm",
+                    job_id=job_id,
+                ) from error
             lost = error
         except NotReplicated as error:
             # Not repeated: the row is there, so a repeat would have nothing to wait for, or wait for ever.
@@ -405,12 +459,16 @@ class Client:
             lambda repeated: insert_one(request, repeated=repeated, flush=repeated or request.given_id),
             atomic=request.given_id,
             job_id=request.id,
+            history=request.history,
         )
 
     def _many(self, requests: Sequence[JobRequest]) -> Generator[Attempt | Pause, Any, list[str]]:
         first = requests[0].id if requests else ""
         return until_settled(
-            lambda repeated: insert_many(requests, repeated=repeated, flush=True), atomic=True, job_id=first
+            lambda repeated: insert_many(requests, repeated=repeated, flush=True),
+            atomic=True,
+            job_id=first,
+            history=all(request.history for request in requests),
         )
 
     def _perform(self, step: Attempt | Pause) -> Any:

@@ -11,6 +11,8 @@
     │   ├── NotInTransaction                the caller's connection has no transaction that the caller ends
     │   ├── UnsupportedConnection (TypeError)  a connection of a kind, or bound in a way, we cannot use
     │   ├── WrongDatabase                   the caller's connection is on a database without this queue
+    │   ├── DuplicateJob                    a live job has the unique key, and `on_conflict="raise"`
+    │   ├── UniqueWaitTimeout               an open transaction holds the unique key
     │   └── EnqueueUncertain                the COMMIT answer was lost and a repeat cannot settle it
     ├── ResultError                         `AsyncResult.get` has no value to return
     │   ├── JobFailed                       the job is a dead letter
@@ -22,10 +24,15 @@
     │   ├── DatabaseUnavailable             it cannot be reached, or refused us
     │   ├── PermissionDenied                the role lacks a right on the queue
     │   └── SchemaMismatch                  the schema is missing or at another revision
-    └── WorkerError                         a worker could not start or go on
-        └── AppNotLoaded                    importing its application failed
-    Signal (BaseException)                  raised *by* task code to steer its own job
-    └── Retry                               run again later
+    ├── WorkerError                         a worker could not start or go on
+    │   └── AppNotLoaded                    importing its application failed
+    └── TimeLimitExceeded                   never raised: `autoretry_for` names it to retry after that limit
+    Signal (BaseException)                  steers the job that a task runs for
+    ├── Retry                               raised by the task: run again later, as a retry
+    ├── Snooze                              raised by the task: run again later, and nothing was wrong
+    ├── Reject                              raised by the task: never run again
+    ├── SoftTimeLimitExceeded               raised in the task: it has run for its soft limit
+    └── TaskCancelled                       raised in the task: somebody has cancelled the job
 
 `Signal` derives from `BaseException` so that `except Exception` in a task does not swallow it.
 Bad arguments of ours are plain `ValueError` or `TypeError`. Messages say the rule, the value and the way out.
@@ -82,6 +89,22 @@ class UnsupportedConnection(EnqueueError, TypeError):
 
 class WrongDatabase(EnqueueError):
     """The caller's connection is on a database that does not hold this queue."""
+
+
+class DuplicateJob(EnqueueError):
+    """A live job of this task has the unique key; nothing was enqueued, the caller's transaction goes on.
+
+    Attributes:
+        job_id: The job that has the key.
+    """
+
+    def __init__(self, message: str, *, job_id: str) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+
+class UniqueWaitTimeout(EnqueueError):
+    """Another transaction, still open after a second, has enqueued a job with this unique key."""
 
 
 class EnqueueUncertain(EnqueueError):
@@ -177,8 +200,15 @@ class AppNotLoaded(WorkerError):
     """A worker's application cannot be imported; the message has the traceback."""
 
 
+class TimeLimitExceeded(PgQueueError):
+    """A job ran into its hard time limit; its process was killed, so nothing is ever raised.
+
+    For `autoretry_for`: a job of a task that names it is retried then, others are dead letters.
+    """
+
+
 class Signal(BaseException):
-    """Raised by task code to steer its own job; not an error."""
+    """Steers the job that a task runs for."""
 
 
 class Retry(Signal):
@@ -201,3 +231,38 @@ class Retry(Signal):
         self.delay = delay
         self.cause = cause
         self.max_retries = max_retries
+
+
+class Snooze(Signal):
+    """Run this job again later, by the task's own wish: no retry is burned, and no failure kept.
+
+    Attributes:
+        seconds: From now.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        number: object = seconds
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 1e10:
+            raise ValueError(f"Snooze takes seconds, at least 0, got {shown(seconds)}")
+        super().__init__(f"snooze for {seconds:g} s")
+        self.seconds = float(seconds)
+
+
+class Reject(Signal):
+    """Never run this job again: it becomes a dead letter, `rejected`.
+
+    Attributes:
+        reason: Why, for people.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class SoftTimeLimitExceeded(Signal):
+    """The job has run for its `soft_time_limit`: clean up and end; `autoretry_for` may name it."""
+
+
+class TaskCancelled(Signal):
+    """Somebody has cancelled the job: clean up and end. Whatever the task does, it is not retried."""

@@ -32,6 +32,9 @@ DEAD_REASONS: Final[tuple[DeadReason, ...]] = (
     "bad_payload",
 )
 
+OWN_HEADER: Final = "pgqueue"
+"""The key of `headers` under which a job's own options travel: time limits, how long its key is unique."""
+
 DEFAULT_QUEUE: Final = "default"
 DEFAULT_PRIORITY: Final = 5
 PRIORITIES: Final = range(10)
@@ -61,8 +64,7 @@ def check_id(job_id: object) -> str:
         return str(job_id if isinstance(job_id, uuid.UUID) else uuid.UUID(str(job_id)))
     except Exception:  # also of a str() that fails
         raise ValueError(
-            f"job_id must be a UUID, got {shown(job_id)}; "
-            "a key of your own is the unique_key of pgqueue.enqueue() in SQL"
+            f"job_id must be a UUID, got {shown(job_id)}; a key of your own is unique_key"
         ) from None
 
 
@@ -106,6 +108,9 @@ class JobRequest:
         expires_in: Seconds, added to the database's clock.
         max_retries: None for the task's policy, -1 for ever.
         headers: JSON object, as text.
+        unique_key: None for none.
+        on_conflict: What to do if a live job of the task has the key: "return", "raise" or "replace".
+        history: Whether the job will be remembered once it has succeeded.
     """
 
     id: str
@@ -120,4 +125,7 @@ class JobRequest:
     expires_in: float | None = None
     max_retries: int | None = None
     headers: str = "{}"
+    unique_key: str | None = None
+    on_conflict: str = "return"
+    history: bool = True
     given_id: bool = False

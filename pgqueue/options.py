@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, TypedDict
+from typing import Any, Final, Literal, TypedDict, get_args
 from uuid import UUID
 
 from pgqueue.errors import ConfigError, shown
@@ -15,8 +15,18 @@ from pgqueue.retry import RETRY_OPTIONS, RetryPolicy
 MAX_SECONDS: Final = 250_000_000_000
 """Nearly eight thousand years: a later time does not fit a datetime."""
 
+MAX_UNIQUE_KEY: Final = 512
+MAX_CRASHES: Final = 1_000_000_000
+
 LONG_AGO: Final = 1_000_000_000
 """Thirty years: what lies further back is as past, and may fall off the calendars of Python and Postgres."""
+
+
+Pool = Literal["prefork", "threads", "asyncio", "solo"]
+OnConflict = Literal["return", "raise", "replace"]
+UniqueUntil = Literal["end", "start"]
+
+POOLS: Final[tuple[Pool, ...]] = ("prefork", "threads", "asyncio", "solo")
 
 
 class TaskDefaults(TypedDict, total=False):
@@ -30,11 +40,24 @@ class TaskDefaults(TypedDict, total=False):
         autoretry_for: Exceptions after which a job runs again.
         dont_autoretry_for: Exceptions taken out of `autoretry_for` again.
         retry_kwargs: `max_retries` and `countdown` for `autoretry_for`.
-        max_retries: Runs after the first; -1 for ever.
+        max_retries: Runs after the first; None for ever.
         default_retry_delay: Seconds between runs, when nothing else says.
         retry_backoff: Seconds, doubled with every retry; True for 1.
         retry_backoff_max: Seconds a backoff does not exceed.
         retry_jitter: Whether to draw the delay from 0 to the backoff.
+        max_crashes: Deaths of its process after which a job is a dead letter.
+        on_crash: "retry", or "dead_letter" for what must not run twice: after one death, or when a worker
+            went silent with the job in its hands, nobody runs it again.
+        exclusive: Its runs never overlap: a run whose worker can no longer prove that it is alive is killed
+            before others may take the job.
+        transactional: The body runs in a transaction on `self.connection` or `self.session`, which commits
+            together with the job's end: its effects there happen exactly once.
+        soft_time_limit: Seconds after which `SoftTimeLimitExceeded` is raised in the task.
+        time_limit: Seconds after which the task is killed.
+        pool: Where it runs: "prefork", "threads", "asyncio" or "solo"; by default the worker's own pool.
+        ignore_result: Store no result.
+        history: Whether a job that has succeeded is kept in `finished_jobs`.
+        unique_until: "end", or "start": from then on another job may have the `unique_key`.
     """
 
     queue: str
@@ -44,11 +67,21 @@ class TaskDefaults(TypedDict, total=False):
     autoretry_for: type[BaseException] | Sequence[type[BaseException]]
     dont_autoretry_for: type[BaseException] | Sequence[type[BaseException]]
     retry_kwargs: Mapping[str, Any]
-    max_retries: int
+    max_retries: int | None
     default_retry_delay: float
     retry_backoff: bool | float
     retry_backoff_max: float
     retry_jitter: bool
+    max_crashes: int
+    on_crash: Literal["retry", "dead_letter"]
+    exclusive: bool
+    transactional: bool
+    soft_time_limit: float | None
+    time_limit: float | None
+    pool: Pool
+    ignore_result: bool
+    history: bool
+    unique_until: UniqueUntil
 
 
 class TaskOptions(TaskDefaults, total=False):
@@ -63,7 +96,6 @@ TASK_OPTIONS: Final = TASK_DEFAULTS | {"name", "bind"}
 _CELERY_TASK_OPTIONS: Final = {
     "acks_late": "a job is acknowledged after it ran, always",
     "task_acks_late": "a job is acknowledged after it ran, always",
-    "ignore_result": "results are kept as long as history is",
     "store_errors_even_if_ignored": "errors are always kept",
     "serializer": "arguments are always JSON",
     "compression": "Postgres compresses large arguments",
@@ -73,6 +105,10 @@ _CELERY_TASK_OPTIONS: Final = {
     "base": "tasks have no classes here",
     "typing": "calls are always checked against the signature",
     "retry_max": "it is called max_retries here",
+    "rate_limit": "limit a queue's rate by the concurrency of the workers that serve it",
+    "track_started": "a running job's state is running, always",
+    "trail": "a job knows who enqueued it",
+    "throws": "a failure is logged by the worker that saw it",
 }
 
 
@@ -86,7 +122,13 @@ class JobOptions(TypedDict, total=False):
         priority: 0 to 9, larger runs first.
         queue: Where to put it.
         max_retries: For this job instead of its task's; -1 for ever.
+        soft_time_limit: Seconds, instead of its task's; 0 for none.
+        time_limit: Seconds, instead of its task's; 0 for none.
         job_id: A UUID of the caller's own. A job that has or had it is not enqueued again.
+        unique_key: While a job of this task with this key lives, no other one is enqueued.
+        on_conflict: If there is one: "return" it, "raise" DuplicateJob, or "replace" what it shall do while
+            it waits.
+        unique_until: "end", or "start", when another may have the key as soon as this one is claimed.
         headers: JSON values that travel with the job.
     """
 
@@ -96,7 +138,12 @@ class JobOptions(TypedDict, total=False):
     priority: int | None
     queue: str | None
     max_retries: int | None
+    soft_time_limit: float | None
+    time_limit: float | None
     job_id: str | UUID | None
+    unique_key: str | None
+    on_conflict: OnConflict
+    unique_until: UniqueUntil | None
     headers: Mapping[str, Any] | None
 
 
@@ -110,7 +157,7 @@ _CELERY_JOB_OPTIONS: Final = {
     "retry_policy": "a lost connection is repeated by itself",
     "link": "enqueue the next job at the end of the task",
     "link_error": "a job that failed is a dead letter",
-    "ignore_result": "results are kept as long as history is",
+    "ignore_result": "it is an option of the task",
     "serializer": "arguments are always JSON",
     "compression": "Postgres compresses large arguments",
     "producer": "pass a connection",
@@ -165,7 +212,7 @@ def check_time(name: str, value: object) -> datetime:
 def check_seconds(name: str, value: object) -> float:
     """A finite number of seconds; a negative one is in the past."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        expected = "a number of seconds" if name == "countdown" else "a number of seconds or a datetime"
+        expected = "a number of seconds or a datetime" if name == "expires" else "a number of seconds"
         raise TypeError(f"{name} must be {expected}, got {shown(value)}")
     if not abs(value) <= MAX_SECONDS:  # NaN is not, and a whole number too large for a float is compared too
         raise ValueError(
@@ -202,6 +249,8 @@ def check_task_options(options: Mapping[str, Any], known: frozenset[str], what: 
                 check(options[name])
         except (ValueError, TypeError) as error:
             errors.append(f"{'' if str(error).startswith(name) else f'{name}: '}{error}")
+    if not errors:
+        errors += _contradictions(options)
     try:
         RetryPolicy.from_options(retry_options(options))
     except ConfigError as error:
@@ -214,9 +263,77 @@ def retry_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in RETRY_OPTIONS}
 
 
-def _check_bind(bind: object) -> None:
-    if not isinstance(bind, bool):
-        raise TypeError(f"bind must be True or False, got {shown(bind)}")
+def check_limit(name: str, value: object) -> float | None:
+    """Seconds of a time limit, 0 for none; None for the task's."""
+    if value is None:
+        return None
+    seconds = check_seconds(name, value)
+    if seconds < 0:
+        raise ValueError(f"{name} must be greater than 0 seconds, or 0 for none, got {shown(value)}")
+    return seconds
+
+
+def check_limits(soft: float | None, hard: float | None) -> None:
+    """ValueError if the hard limit would come first."""
+    if soft and hard and soft >= hard:
+        raise ValueError(
+            f"soft_time_limit must be less than time_limit ({hard:g} s), or the task is killed before it is "
+            f"told; got {soft:g}"
+        )
+
+
+def check_unique_key(key: object) -> str | None:
+    """Up to 512 characters that Postgres can store."""
+    if key is None:
+        return None
+    if not isinstance(key, str):
+        raise TypeError(f"unique_key must be text, got {shown(key)}")
+    if (
+        not 1 <= len(key) <= MAX_UNIQUE_KEY
+        or "\0" in key
+        or any("\ud800" <= each <= "\udfff" for each in key)
+    ):
+        raise ValueError(
+            f"unique_key must be 1 to {MAX_UNIQUE_KEY} characters in UTF-8 without NUL, got {shown(key)}"
+        )
+    return key
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """ValueError unless it is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {shown(value)}")
+
+
+def _flag(name: str) -> Callable[[object], None]:
+    def check(value: object) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+    return check
+
+
+def _choice(name: str, choices: Sequence[str]) -> Callable[[object], None]:
+    return lambda value: check_choice(name, value, choices)
+
+
+def _check_max_crashes(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_CRASHES:
+        raise ValueError(f"max_crashes must be a whole number from 1 to {MAX_CRASHES}, got {shown(value)}")
+
+
+def _contradictions(options: Mapping[str, Any]) -> list[str]:
+    """What does not go together, each value by itself being right."""
+    errors = []
+    try:
+        check_limits(options.get("soft_time_limit"), options.get("time_limit"))
+    except ValueError as error:
+        errors.append(str(error))
+    if options.get("transactional") and options.get("history") is False:
+        errors.append("transactional needs history: it is what tells that a job has ended")
+    if options.get("on_crash") == "dead_letter" and options.get("max_crashes", 1) != 1:
+        errors.append("on_crash='dead_letter' means max_crashes=1; leave one of them out")
+    return errors
 
 
 def _check_expires(expires: object) -> None:
@@ -226,9 +343,19 @@ def _check_expires(expires: object) -> None:
 
 _CHECKS: Final[dict[str, Callable[[Any], object]]] = {
     "name": check_task_name,
-    "bind": _check_bind,
+    "bind": _flag("bind"),
     "queue": check_queue,
     "priority": check_priority,
     "expires": _check_expires,
     "dead_letter_queue": check_queue,
+    "max_crashes": _check_max_crashes,
+    "on_crash": _choice("on_crash", ("retry", "dead_letter")),
+    "exclusive": _flag("exclusive"),
+    "transactional": _flag("transactional"),
+    "soft_time_limit": lambda value: check_limit("soft_time_limit", value),
+    "time_limit": lambda value: check_limit("time_limit", value),
+    "pool": _choice("pool", POOLS),
+    "ignore_result": _flag("ignore_result"),
+    "history": _flag("history"),
+    "unique_until": _choice("unique_until", get_args(UniqueUntil)),
 }

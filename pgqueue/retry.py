@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Final
 
-from pgqueue.errors import ConfigError, Retry, Signal, shown
+from pgqueue.errors import (
+    ConfigError,
+    Reject,
+    Retry,
+    Signal,
+    Snooze,
+    SoftTimeLimitExceeded,
+    TimeLimitExceeded,
+    shown,
+)
 from pgqueue.job import DeadReason
 
 FOREVER: Final = -1
@@ -26,9 +35,14 @@ _MAX_CRASH_DELAY = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """Run again, `delay` seconds from now."""
+    """Run again, `delay` seconds from now.
+
+    Attributes:
+        burned: It counts as a retry, and as a failure to keep; a snooze is neither.
+    """
 
     delay: float
+    burned: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +104,35 @@ class RetryPolicy:
         """What becomes of a job whose run ended with `error`.
 
         Args:
-            error: What the run raised; a `Retry` is the task's own wish, with its own delay and limit.
+            error: What the run raised; a `Retry` is the task's own wish, with its own delay and limit. A
+                `TimeLimitExceeded` counts only where `autoretry_for` names it, not a class above it: the body
+                was killed, whatever it was doing.
             retries: Failed runs that were retried before this one.
             max_retries: The job's own limit, -1 for ever, None for the policy's.
             random: Source of the jitter.
         """
+        if isinstance(error, Snooze):
+            return Again(_bounded(error.seconds), burned=False)
+        if isinstance(error, Reject):
+            return Dead("rejected")
         delay = None
         limit = self.max_retries if max_retries is None else max_retries
         if isinstance(error, Retry):
             delay = error.delay
             limit = limit if error.max_retries is None else error.max_retries
+        elif isinstance(error, TimeLimitExceeded):
+            if not self.retries_time_limit:
+                return Dead("time_limit")
         elif not self._retries_by_itself(error):
             return Dead("not_retryable")
         if limit != FOREVER and retries >= limit:
             return Dead("retries_exhausted")
         return Again(self._delay(retries, random) if delay is None or math.isnan(delay) else _bounded(delay))
+
+    @property
+    def retries_time_limit(self) -> bool:
+        """Whether a job that was killed at its hard time limit runs again."""
+        return TimeLimitExceeded in self.autoretry_for and TimeLimitExceeded not in self.dont_autoretry_for
 
     def _retries_by_itself(self, error: BaseException) -> bool:
         return isinstance(error, self.autoretry_for) and not isinstance(error, self.dont_autoretry_for)
@@ -148,15 +176,18 @@ def _meant(name: str, known: Iterable[str]) -> str:
 def _classes(name: str, value: object) -> tuple[type[BaseException], ...]:
     classes = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     for each in classes:
-        if not isinstance(each, type) or not issubclass(each, BaseException) or issubclass(each, Signal):
+        known = isinstance(each, type) and issubclass(each, BaseException)
+        if not known or (issubclass(each, Signal) and not issubclass(each, SoftTimeLimitExceeded)):
             raise ValueError(f"{name} must be exception classes, got {shown(each)}")
     return classes
 
 
 def _limit(name: str, value: object) -> int:
+    if value is None:
+        return FOREVER
     if isinstance(value, bool) or not isinstance(value, int) or not FOREVER <= value <= MAX_RETRIES:
         raise ValueError(
-            f"{name} must be a whole number from 0 to {MAX_RETRIES}, or -1 for ever, got {shown(value)}"
+            f"{name} must be a whole number from 0 to {MAX_RETRIES}, or None for ever, got {shown(value)}"
         )
     return value
 

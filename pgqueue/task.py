@@ -164,6 +164,27 @@ class Task(Generic[P, R]):
         """The label of its dead letters, None for their queue's name."""
         return self._route.dead_letter_queue or self._options.get("dead_letter_queue")
 
+    @property
+    def ignore_result(self) -> bool:
+        """What it returns is not stored."""
+        return bool(self._options.get("ignore_result"))
+
+    @property
+    def history(self) -> bool:
+        """Its jobs are remembered once they have succeeded."""
+        return bool(self._options.get("history", True))
+
+    @property
+    def max_crashes(self) -> int | None:
+        """Deaths of its process after which a job is a dead letter; None for the worker's setting."""
+        most: int | None = self._options.get("max_crashes")
+        return 1 if self.runs_once else most
+
+    @property
+    def runs_once(self) -> bool:
+        """A run that may have begun is never repeated by itself."""
+        return self._options.get("on_crash") == "dead_letter"
+
     @cached_property
     def policy(self) -> RetryPolicy:
         """Whether and when a failed job runs again."""
@@ -288,7 +309,13 @@ class Task(Generic[P, R]):
             check_arguments(self.name, args, kwargs)
         encoded = self.codec.encode(args, kwargs)
         return build_request(
-            self.name, *encoded, options, queue=self.queue, priority=self.priority, expires=self.expires
+            self.name,
+            *encoded,
+            options,
+            queue=self.queue,
+            priority=self.priority,
+            expires=self.expires,
+            history=self.history,
         )
 
     def _enqueue(

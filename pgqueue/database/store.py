@@ -246,10 +246,8 @@ _BEFORE_COMMIT = {
     "rescue_jobs": "rescue_mid_batch",
     "promote_jobs": "promote_mid_batch",
 }
-_AFTER_COMMIT = {
-    "claim_jobs": "claim_after_commit",
-    **dict.fromkeys(("ack_finished", "ack_retried", "ack_dead", "release_jobs"), "ack_sent"),
-}
+_ACKS = ("ack_finished", "ack_forgotten", "ack_retried", "ack_snoozed", "ack_dead", "release_jobs")
+_AFTER_COMMIT = {"claim_jobs": "claim_after_commit", **dict.fromkeys(_ACKS, "ack_sent")}
 
 
 async def _come_by(
@@ -346,19 +344,21 @@ def decode_claimed(rows: list[Row], worker: str) -> tuple[list[ClaimedJob], list
     return jobs, unreadable
 
 
-Verb = Literal["finish", "retry", "bury", "release"]
+Verb = Literal["finish", "retry", "snooze", "bury", "release"]
 
 
 class Outcome(msgspec.Struct):
     """What became of one attempt, waiting to be acked.
 
     Attributes:
-        verb: `finish` → finished_jobs, `retry` → scheduled, `bury` → dead_letters, `release` → ready.
+        verb: `finish` → finished_jobs, `retry` and `snooze` → scheduled, `bury` → dead_letters, `release` →
+            ready.
         state: For `finish`.
         kind: For `retry` and `bury`: what the failures row says.
         started, finished: Seconds on the caller's monotonic clock, for `finish`.
         uncertain: It was sent before and the answer was lost; finding nothing is no news then.
         queue: For `release`: who sleeps on it is to be told.
+        history: For `finish`: False → nowhere.
     """
 
     id: str
@@ -380,6 +380,7 @@ class Outcome(msgspec.Struct):
     traceback: str | None = None
     uncertain: bool = False
     queue: str = ""
+    history: bool = True
 
 
 def ack_calls(outcomes: Iterable[Outcome], now: float) -> list[tuple[Call, list[Outcome]]]:
@@ -391,7 +392,7 @@ def ack_calls(outcomes: Iterable[Outcome], now: float) -> list[tuple[Call, list[
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for outcome in outcomes:
         how = outcome.state if outcome.verb == "finish" else outcome.kind
-        key = (outcome.verb, outcome.worker, str(outcome.attempt), how)
+        key = (outcome.verb, outcome.worker, str(outcome.attempt), how, str(outcome.history))
         groups.setdefault(key, []).append(outcome)
     return [(_ack_call(group, now), group) for group in groups.values()]
 
@@ -405,6 +406,8 @@ def _ack_call(group: list[Outcome], now: float) -> Call:
         "attempt": first.attempt,
         "worker": first.worker,
     }
+    if first.verb == "finish" and not first.history:
+        return Call("ack_forgotten", parameters)
     if first.verb == "finish":
         parameters |= {
             "state": first.state,
@@ -416,6 +419,9 @@ def _ack_call(group: list[Outcome], now: float) -> Call:
         return Call("ack_finished", parameters)
     if first.verb == "release":
         return Call("release_jobs", parameters)
+    delays = "{" + ",".join([f"{o.delay:.6f}" for o in group]) + "}"
+    if first.verb == "snooze":
+        return Call("ack_snoozed", parameters | {"delays": delays})
     parameters |= {
         "kind": first.kind,
         "error_classes": _column(o.error_class for o in group),
@@ -423,10 +429,7 @@ def _ack_call(group: list[Outcome], now: float) -> Call:
         "tracebacks": _column(o.traceback for o in group),
     }
     if first.verb == "retry":
-        parameters |= {
-            "delays": "{" + ",".join([f"{o.delay:.6f}" for o in group]) + "}",
-            "max_retries": _column(o.max_retries for o in group),
-        }
+        parameters |= {"delays": delays, "max_retries": _column(o.max_retries for o in group)}
         return Call("ack_retried", parameters)
     parameters |= {
         "reasons": [o.reason for o in group],

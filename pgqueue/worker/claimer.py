@@ -394,7 +394,7 @@ class Claimer:
     ) -> None:
         """Forget what the database has confirmed; report what it found in other hands."""
         self._acking = self._acking[len(batch) :]
-        delays = [outcome.delay for outcome in batch if outcome.verb == "retry"]
+        delays = [outcome.delay for outcome in batch if outcome.verb in ("retry", "snooze")]
         if delays:
             self._retried(min(delays))
         released = {outcome.queue for outcome in batch if outcome.verb == "release"}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from pgqueue.database.store import CLAIM_LIMIT, ClaimedJob, Outcome
 from pgqueue.retry import crash_delay
-from pgqueue.worker.wire import Board, Failed, Job, Skipped, Succeeded, TaskFacts
+from pgqueue.worker.wire import Board, Failed, Job, Skipped, Snoozed, Succeeded, TaskFacts
 
 SHORT = 0.001
 """Seconds: tasks that take less travel in chunks."""
@@ -29,6 +29,9 @@ STALL = 0.02
 """Seconds a job of a chunk may run before the rest of its chunk is taken back."""
 STRANDED = 0.5
 """Seconds a claimed job may wait for a slot before it goes back to the database."""
+
+
+_UNKNOWN = TaskFacts()
 
 
 class Pace:
@@ -161,7 +164,7 @@ class Dispatcher:
                 break
         return sendings
 
-    def finished(self, member: Member, message: Succeeded | Failed) -> None:
+    def finished(self, member: Member, message: Succeeded | Failed | Snoozed) -> None:
         """An executor reports an outcome; one for a job it no longer has is ignored."""
         job = member.in_flight.pop(message.number, None)
         if job is None:
@@ -179,8 +182,12 @@ class Dispatcher:
                     result_error=message.result_error,
                     started=message.started,
                     finished=message.finished,
+                    history=self._facts(job.task).history,
                 )
             )
+            return
+        if isinstance(message, Snoozed):
+            self._end(job, verb="snooze", delay=message.delay)
             return
         self.failed += 1
         self._end(
@@ -212,13 +219,13 @@ class Dispatcher:
             job,
             verb="bury",
             reason="bad_payload",
-            dead_letter_queue=self._dead_letter_queue(job.task),
+            dead_letter_queue=self._facts(job.task).dead_letter_queue,
             error_message=f"the arguments cannot be read: {why}"[:1000],
         )
 
     def gone(self, member: Member, death: str, *, by_us: bool = False) -> ClaimedJob | None:
-        """An executor is dead: its running job has crashed (or, killed `by_us`, goes back), its others wait
-        again.
+        """An executor is dead: its running job has crashed (or, killed `by_us`, goes back unless its task
+        must not run twice), its others wait again.
 
         Returns the job that was running.
         """
@@ -231,18 +238,19 @@ class Dispatcher:
         member.in_flight.clear()
         if running is None:
             return None
-        if by_us:
+        facts = self._facts(running.task)
+        if by_us and not facts.runs_once:
             self._end(running, verb="release", queue=running.queue)
             return running
         self.crashed += 1
-        final = running.crashes + 1 >= self._max_crashes
+        final = running.crashes + 1 >= (facts.max_crashes or self._max_crashes)
         self._end(
             running,
             verb="bury" if final else "retry",
             kind="crashed",
             delay=crash_delay(running.crashes + 1),
             reason="crashed",
-            dead_letter_queue=self._dead_letter_queue(running.task),
+            dead_letter_queue=facts.dead_letter_queue,
             error_class="WorkerCrashed",
             error_message=f"{death} while running job {running.id}, attempt {running.attempt}",
         )
@@ -363,9 +371,8 @@ class Dispatcher:
         back = [member.in_flight.pop(number) for number in list(member.in_flight) if number >= first]
         self._waiting.extendleft(reversed(back))
 
-    def _dead_letter_queue(self, task: str) -> str | None:
-        facts = self.tasks.get(task)
-        return facts.dead_letter_queue if facts is not None else None
+    def _facts(self, task: str) -> TaskFacts:
+        return self.tasks.get(task, _UNKNOWN)
 
     def _end(self, job: ClaimedJob, **facts: object) -> None:
         self.outcomes.append(Outcome(job.id, job.attempt, job.worker, **facts))  # type: ignore[arg-type]

@@ -24,12 +24,14 @@ import traceback
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import Any
 
 import msgspec
 
 from pgqueue.app import PgQueue, load_app
 from pgqueue.config import LOG_FORMAT
 from pgqueue.errors import PgQueueError
+from pgqueue.task import Task
 from pgqueue.worker.executor import become_executor
 from pgqueue.worker.signals import stay_when_asked_to_stop
 from pgqueue.worker.wire import Exited, Forked, Loaded, LoadFailed, TaskFacts, frame
@@ -126,6 +128,15 @@ class ForkServer:
         self._control.sendall(frame(message))
 
 
+def _facts(task: Task[..., Any]) -> TaskFacts:
+    return TaskFacts(
+        dead_letter_queue=task.dead_letter_queue,
+        max_crashes=task.max_crashes,
+        runs_once=task.runs_once,
+        history=task.history,
+    )
+
+
 def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
     """Import `target` (module:attribute) and serve the supervisor at the other end of `descriptor`.
 
@@ -140,7 +151,7 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
         app.configure(**json.loads(overrides))
         app.import_tasks()
         stay_when_asked_to_stop()  # whatever the application has made of these signals
-        facts = {name: TaskFacts(task.dead_letter_queue) for name, task in app.tasks.items()}
+        facts = {name: _facts(task) for name, task in app.tasks.items()}
         config = app.config
         # Does nothing if the application has set up its own.
         logging.basicConfig(level=config.log_level, format=LOG_FORMAT)

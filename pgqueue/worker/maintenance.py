@@ -252,11 +252,10 @@ class Maintenance:
 
     async def rescue(self) -> int:
         """Take back every running job whose worker is fenced or missing; returns how many."""
-        letters = {
-            name: facts.dead_letter_queue
-            for name, facts in self._dispatcher.tasks.items()
-            if facts.dead_letter_queue
-        }
+        tasks = self._dispatcher.tasks
+        letters = {name: facts.dead_letter_queue for name, facts in tasks.items() if facts.dead_letter_queue}
+        crashes = {name: facts.max_crashes for name, facts in tasks.items() if facts.max_crashes}
+        once = [name for name, facts in tasks.items() if facts.runs_once]
         total = 0
         while True:
             ((rescued, queues, buried),) = await self._link.call(
@@ -265,6 +264,8 @@ class Maintenance:
                 max_crashes=self._config.max_crashes,
                 max_rescues=MAX_RESCUES,
                 dead_letter_queues=json.dumps(letters),
+                task_max_crashes=json.dumps(crashes),
+                once=once,
             )
             if rescued or buried:
                 log.warning("jobs_rescued count=%d buried=%d", rescued, buried)

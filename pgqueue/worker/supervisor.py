@@ -37,7 +37,7 @@ from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes
 from pgqueue.worker.maintenance import Maintenance
 from pgqueue.worker.prefork import Prefork
-from pgqueue.worker.wire import Failed, FromExecutor, Loaded, Ready, Skipped, Succeeded, clock
+from pgqueue.worker.wire import Failed, FromExecutor, Loaded, Ready, Skipped, Snoozed, Succeeded, clock
 
 T = TypeVar("T")
 
@@ -334,7 +334,7 @@ class Supervisor:
         """An executor reports what became of its jobs."""
         dispatcher = self._dispatcher
         for message in messages:
-            if isinstance(message, Succeeded | Failed):
+            if isinstance(message, Succeeded | Failed | Snoozed):
                 dispatcher.finished(member, message)
             elif isinstance(message, Skipped):
                 dispatcher.skipped(member, message)

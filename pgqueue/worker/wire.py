@@ -94,6 +94,15 @@ class Failed(msgspec.Struct, array_like=True, tag="failed"):
     dead_letter_queue: str | None = None
 
 
+class Snoozed(msgspec.Struct, array_like=True, tag="snoozed"):
+    """Executor to supervisor: run it again after `delay` seconds, and nothing was wrong."""
+
+    number: int
+    started: float
+    finished: float
+    delay: float
+
+
 class Skipped(msgspec.Struct, array_like=True, tag="skipped"):
     """Executor to supervisor: not started, because it was taken back."""
 
@@ -101,9 +110,18 @@ class Skipped(msgspec.Struct, array_like=True, tag="skipped"):
 
 
 class TaskFacts(msgspec.Struct, array_like=True):
-    """What a supervisor needs to know of a task without importing it."""
+    """What a supervisor needs to know of a task without importing it.
+
+    Attributes:
+        max_crashes: None for the worker's.
+        runs_once: A run that may have begun is not repeated when its process or its worker is lost.
+        history: What succeeds is kept.
+    """
 
     dead_letter_queue: str | None = None
+    max_crashes: int | None = None
+    runs_once: bool = False
+    history: bool = True
 
 
 class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
@@ -135,7 +153,7 @@ class Exited(msgspec.Struct, array_like=True, tag="exited"):
     status: int
 
 
-FromExecutor = Ready | Succeeded | Failed | Skipped
+FromExecutor = Ready | Succeeded | Failed | Snoozed | Skipped
 FromForkServer = Loaded | LoadFailed | Forked | Exited
 
 _encoder = msgspec.msgpack.Encoder()

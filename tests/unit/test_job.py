@@ -52,7 +52,7 @@ def test_an_id_is_taken_in_any_spelling_and_given_back_in_one() -> None:
 def test_what_is_no_uuid_is_sent_to_unique_key(bad: object) -> None:
     with pytest.raises(
         ValueError,
-        match=r"job_id must be a UUID, got .*; a key of your own is the unique_key of pgqueue",
+        match=r"job_id must be a UUID, got .*; a key of your own is unique_key",
     ):
         check_id(bad)
 

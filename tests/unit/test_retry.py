@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgqueue.errors import ConfigError, Retry
+from pgqueue.errors import (
+    ConfigError,
+    Reject,
+    Retry,
+    Snooze,
+    SoftTimeLimitExceeded,
+    TimeLimitExceeded,
+)
 from pgqueue.retry import MAX_DELAY, Again, Dead, RetryPolicy, crash_delay
 
 ERROR = OSError("no route")
@@ -53,6 +62,46 @@ def test_the_signals_limit_beats_the_jobs_beats_the_policys(
     assert decide(policy, error, limit, jobs) == Dead("retries_exhausted")
     if limit:
         assert decide(policy, error, limit - 1, jobs) == Again(1.0)
+
+
+def test_none_in_the_options_is_for_ever() -> None:
+    policy = RetryPolicy.from_options({"autoretry_for": OSError, "max_retries": None})
+    assert isinstance(decide(policy, retries=10**9), Again)
+    policy = RetryPolicy.from_options({"autoretry_for": OSError, "retry_kwargs": {"max_retries": None}})
+    assert isinstance(decide(policy, retries=10**9), Again)
+
+
+def test_a_snooze_burns_no_retry_and_knows_no_limit() -> None:
+    assert decide(POLICY, Snooze(5), retries=10**9) == Again(5.0, burned=False)
+    assert decide(RetryPolicy(max_retries=0), Snooze(0)) == Again(0.0, burned=False)
+    assert decide(POLICY, Snooze(9e9)) == Again(MAX_DELAY, burned=False)
+
+
+def test_a_rejected_job_is_dead_whatever_is_retried() -> None:
+    policy = RetryPolicy(autoretry_for=(BaseException,), max_retries=-1)
+    assert decide(policy, Reject("no such order")) == Dead("rejected")
+
+
+def test_the_hard_time_limit_is_retried_only_by_name() -> None:
+    assert decide(RetryPolicy(autoretry_for=(Exception,)), TimeLimitExceeded()) == Dead("time_limit")
+    named = RetryPolicy(autoretry_for=(TimeLimitExceeded,), max_retries=1)
+    assert isinstance(decide(named, TimeLimitExceeded()), Again)
+    assert decide(named, TimeLimitExceeded(), retries=1) == Dead("retries_exhausted")
+    taken_out = replace(named, dont_autoretry_for=(TimeLimitExceeded,))
+    assert decide(taken_out, TimeLimitExceeded()) == Dead("time_limit")
+
+
+def test_an_uncaught_soft_limit_goes_to_the_policy_and_must_be_named() -> None:
+    assert decide(RetryPolicy(autoretry_for=(Exception,)), SoftTimeLimitExceeded()) == Dead("not_retryable")
+    assert isinstance(
+        decide(RetryPolicy(autoretry_for=(SoftTimeLimitExceeded,)), SoftTimeLimitExceeded()), Again
+    )
+
+
+@pytest.mark.parametrize("bad", [-1, "5", None, True, float("nan"), float("inf")])
+def test_a_snooze_takes_seconds(bad: Any) -> None:
+    with pytest.raises(ValueError, match="Snooze takes seconds, at least 0, got"):
+        Snooze(bad)
 
 
 @pytest.mark.parametrize("retries", [0, 10, 10**9])
@@ -163,10 +212,10 @@ def test_every_wrong_option_is_reported_at_once() -> None:
         )
     message = str(caught.value)
     assert "unknown retry option 'autoretry_fro', did you mean 'autoretry_for'?" in message
-    assert "max_retries must be a whole number from 0 to 2147483647, or -1 for ever, got -2" in message
+    assert "max_retries must be a whole number from 0 to 2147483647, or None for ever, got -2" in message
     assert "retry_jitter must be True or False, got 'yes'" in message
     assert "retry_kwargs takes max_retries and countdown only, got 'coutdown'" in message
-    assert "retry_kwargs['max_retries'] must be a whole number from 0 to 2147483647, or -1" in message
+    assert "retry_kwargs['max_retries'] must be a whole number from 0 to 2147483647, or None" in message
     assert "retry_kwargs['countdown'] must be seconds" in message
 
 
@@ -177,7 +226,6 @@ def test_every_wrong_option_is_reported_at_once() -> None:
         ("autoretry_for", (OSError, int)),
         ("autoretry_for", Retry),
         ("max_retries", True),
-        ("max_retries", None),
         ("default_retry_delay", math.nan),
         ("default_retry_delay", math.inf),
         ("retry_backoff", "1"),

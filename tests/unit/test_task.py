@@ -255,7 +255,7 @@ class TestRequestOfACall:
             (
                 {"job_id": "mine"},
                 ValueError,
-                "job_id must be a UUID, got 'mine'; a key of your own is the unique_key of pgqueue.enqueue()",
+                "job_id must be a UUID, got 'mine'; a key of your own is unique_key",
             ),
             ({"headers": [1]}, TypeError, "headers must be a mapping, got [1]"),
             ({"headers": {"a": Decimal(1)}}, PayloadError, "headers"),
@@ -276,11 +276,12 @@ class TestRequestOfACall:
             ("exchange", "'exchange' (it is called queue here)"),
             ("retry", "'retry' (a lost connection is repeated by itself)"),
             ("link", "'link' (enqueue the next job at the end of the task)"),
-            ("ignore_result", "'ignore_result' (results are kept as long as history is)"),
+            ("ignore_result", "'ignore_result' (it is an option of the task)"),
             ("countdwon", "'countdwon' (did you mean countdown?)"),
             (
                 "zzz",
-                "'zzz' (known are countdown, eta, expires, headers, job_id, max_retries, priority, queue)",
+                "'zzz' (known are countdown, eta, expires, headers, job_id, max_retries, on_conflict, "
+                "priority, queue, soft_time_limit, time_limit, unique_key, unique_until)",
             ),
         ],
     )
@@ -382,7 +383,7 @@ class TestOptions:
             "priority must be a whole number from 0 to 9",
             "expires must be greater than 0 seconds, got -1",
             "a queue name is 1 to 63 letters, digits or '_.:-', got 'a b'",
-            "max_retries must be a whole number from 0 to 2147483647, or -1 for ever, got -2",
+            "max_retries must be a whole number from 0 to 2147483647, or None for ever, got -2",
             "autoretry_for must be exception classes, got 1",
         ):
             assert part in message

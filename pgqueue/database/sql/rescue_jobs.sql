@@ -1,6 +1,6 @@
 -- Take back running jobs whose worker is fenced or missing: a standing rule, whoever notices first. A job that its
--- worker's heartbeat recorded as running has crashed; one whose start nobody recorded is only rescued. Too many of
--- either buries it. Locks: those jobs rows, in order of worker, skipping held ones; then dead_letters rows.
+-- worker's heartbeat recorded as running has crashed; one whose start nobody recorded is only rescued, unless its task
+-- must not run twice (`once`): then it may have begun. Too many of either buries it. Locks: those jobs rows, in order of worker, skipping held ones; then dead_letters rows.
 -- Index: jobs_running, only in the gaps between live workers, so their index entries, dead or alive, are never walked
 -- over; the gap beyond the last one is asked for apart, because `high IS NULL OR worker_id < high` bounds no index scan.
 -- A worker may register after our snapshot and claim one of these rows before we lock it: the lock shows its claim, the
@@ -14,39 +14,40 @@ WITH live AS MATERIALIZED (
     SELECT coalesce(lag(id) OVER (ORDER BY id), '') AS low, id AS high FROM live
 ), lost AS MATERIALIZED (
     SELECT found.* FROM gap, LATERAL (
-        SELECT j.id, j.worker_id, j.crashes, j.rescues FROM {schema}.jobs j
+        SELECT j.id, j.task, j.worker_id, j.crashes, j.rescues FROM {schema}.jobs j
         WHERE j.state = 'running' AND j.worker_id > gap.low AND j.worker_id < gap.high
           AND (j.claimed_at BETWEEN now() AND now() + interval '1 minute') IS NOT TRUE
         ORDER BY j.worker_id LIMIT %(batch)s::integer FOR UPDATE SKIP LOCKED
     ) AS found
     UNION ALL
     SELECT beyond.* FROM (
-        SELECT id, worker_id, crashes, rescues FROM {schema}.jobs
+        SELECT id, task, worker_id, crashes, rescues FROM {schema}.jobs
         WHERE state = 'running' AND worker_id > coalesce((SELECT max(id) FROM live), '')
           AND (claimed_at BETWEEN now() AND now() + interval '1 minute') IS NOT TRUE
         ORDER BY worker_id LIMIT %(batch)s::integer FOR UPDATE SKIP LOCKED
     ) AS beyond
     UNION ALL
     SELECT ownerless.* FROM (
-        SELECT id, worker_id, crashes, rescues FROM {schema}.jobs
+        SELECT id, task, worker_id, crashes, rescues FROM {schema}.jobs
         WHERE state = 'running' AND worker_id IS NULL
         LIMIT %(batch)s::integer FOR UPDATE SKIP LOCKED
     ) AS ownerless
     LIMIT %(batch)s::integer
 ), judged AS MATERIALIZED (
-    SELECT lost.*, coalesce(lost.id = ANY (w.running), false) AS crashed
+    SELECT lost.*, coalesce(lost.id = ANY (w.running), false) OR lost.task = ANY (%(once)s::text[]) AS crashed,
+           coalesce((%(task_max_crashes)s::text::jsonb ->> lost.task)::integer, %(max_crashes)s::integer) AS max_crashes
     FROM lost LEFT JOIN {schema}.workers w ON w.id = lost.worker_id
 ), again AS (
     UPDATE {schema}.jobs
     SET state = 'ready', position = nextval('{schema}.jobs_position_seq'), worker_id = NULL, claimed_at = NULL,
         crashes = crashes + CASE WHEN id = ANY (ARRAY(SELECT id FROM judged WHERE crashed)) THEN 1 ELSE 0 END,
         rescues = rescues + CASE WHEN id = ANY (ARRAY(SELECT id FROM judged WHERE crashed)) THEN 0 ELSE 1 END
-    WHERE id = ANY (ARRAY(SELECT id FROM judged WHERE CASE WHEN crashed THEN crashes + 1 < %(max_crashes)s::integer
+    WHERE id = ANY (ARRAY(SELECT id FROM judged WHERE CASE WHEN crashed THEN crashes + 1 < max_crashes
                                                            ELSE rescues < %(max_rescues)s::integer END))
     RETURNING id, queue, task, attempt
 ), gone AS (
     DELETE FROM {schema}.jobs
-    WHERE id = ANY (ARRAY(SELECT id FROM judged WHERE CASE WHEN crashed THEN crashes + 1 >= %(max_crashes)s::integer
+    WHERE id = ANY (ARRAY(SELECT id FROM judged WHERE CASE WHEN crashed THEN crashes + 1 >= max_crashes
                                                            ELSE rescues >= %(max_rescues)s::integer END))
     RETURNING *
 ), buried AS (

@@ -1,0 +1,177 @@
+"""One run of a job: decode its arguments, call the task's function, decide what its end means.
+
+Knows nothing of processes and channels: it takes a `Job` and returns the message that tells its outcome.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from contextlib import suppress
+from datetime import UTC, datetime
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from pgqueue.codec import clean_text, encode_result
+from pgqueue.context import Request
+from pgqueue.errors import PayloadError, Retry, UnknownTask
+from pgqueue.failpoints import failpoint
+from pgqueue.retry import Again
+from pgqueue.shapes import class_name
+from pgqueue.worker.tracebacks import describe
+from pgqueue.worker.wire import Failed, Job, Snoozed, Succeeded, clock
+
+if TYPE_CHECKING:
+    from pgqueue.app import PgQueue
+    from pgqueue.job import DeadReason
+    from pgqueue.task import Task
+
+COUNT_LIMIT = 1_000_000_000
+"""Retries that the table can count."""
+
+Outcome = Succeeded | Failed | Snoozed
+
+
+class Body:
+    """Runs jobs of `app`, one at a time."""
+
+    def __init__(self, app: PgQueue) -> None:
+        self._app = app
+        self._random = Random()
+        self._recursion_limit = sys.getrecursionlimit()
+
+    def run(self, job: Job) -> Outcome:
+        """Run one job to its end; never raises, whatever the body does."""
+        started = clock()
+        try:
+            return self._run(job, started)
+        except BaseException as error:
+            # Looking at what the body raised, or returned, has raised in turn.
+            task = self._app.tasks.get(job.task)
+            return _shapeless(job, started, error, task.dead_letter_queue if task is not None else None)
+
+    def _run(self, job: Job, started: float) -> Outcome:
+        task: Task[Any, Any] | None = None
+        try:
+            task = self._app.find_task(job.task)
+            args, kwargs = task.codec.decode(job.args, job.kwargs)
+            failpoint("body_before")
+            try:
+                value = task.run(_request(job, args, kwargs), args, kwargs)
+            finally:
+                if sys.getrecursionlimit() < self._recursion_limit:  # what comes now must not be cut short
+                    sys.setrecursionlimit(self._recursion_limit)
+            failpoint("body_after")
+        except UnknownTask as error:
+            if task is not None:  # the body looked for another one
+                return self._failed(job, started, error, task)
+            return _dead(job, started, error, "unknown_task", self._app.route(job.task).dead_letter_queue)
+        except PayloadError as error:
+            if task is None or error.__traceback__ is None or _raised_by_task(error, task):
+                return self._failed(job, started, error, task)
+            return _dead(job, started, error, "bad_payload", task.dead_letter_queue)
+        except BaseException as error:
+            return self._failed(job, started, error, task)
+        finished = clock()
+        if value is None or task.ignore_result:
+            return Succeeded(job.number, started, finished)
+        result, result_error = encode_result(value)
+        return Succeeded(job.number, started, finished, result, result_error)
+
+    def _failed(
+        self, job: Job, started: float, error: BaseException, task: Task[Any, Any] | None
+    ) -> Failed | Snoozed:
+        dead_letter_queue = task.dead_letter_queue if task is not None else None
+        if task is None:
+            return _dead(job, started, error, "not_retryable", dead_letter_queue)
+        try:
+            decision = task.policy.decide(
+                error, retries=job.retries, max_retries=job.max_retries, random=self._random
+            )
+        except BaseException:  # its class says what it is, unless asking for the class raises
+            return _dead(job, started, error, "not_retryable", dead_letter_queue)
+        wish = error if isinstance(error, Retry) else None
+        shown = error
+        if wish is not None and wish.cause is not None:
+            shown = wish.cause
+            if (
+                shown.__traceback__ is None
+            ):  # made for self.retry(exc=…): show where, and what was being handled
+                shown = shown.with_traceback(error.__traceback__)
+                shown.__context__ = shown.__context__ or error.__context__
+        if isinstance(decision, Again) and not decision.burned:
+            return Snoozed(job.number, started, clock(), decision.delay)
+        if not isinstance(decision, Again):
+            return _dead(job, started, shown, decision.reason, dead_letter_queue)
+        if job.retries >= COUNT_LIMIT:  # a row that cannot be counted up could not be acked
+            return _dead(job, started, shown, "retries_exhausted", dead_letter_queue)
+        failed = _dead(job, started, shown, "not_retryable", dead_letter_queue)
+        failed.reason = ""
+        failed.delay = decision.delay
+        failed.max_retries = wish.max_retries if wish is not None else None
+        return failed
+
+
+def _shapeless(job: Job, started: float, error: BaseException, dead_letter_queue: str | None) -> Failed:
+    name = clean_text(class_name(type(error)), 512)
+    return Failed(
+        job.number,
+        started,
+        clock(),
+        name,
+        f"(looking at the error of the task raised {name})",
+        "",
+        reason="not_retryable",
+        dead_letter_queue=dead_letter_queue,
+    )
+
+
+def _raised_by_task(error: BaseException, task: Task[Any, Any]) -> bool:
+    """Whether the body ran: its own PayloadError (from enqueueing another job, say) is an ordinary
+    failure.
+    """
+    code = getattr(task.function, "__code__", None)
+    return any(step.f_code is code for step, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _dead(
+    job: Job, started: float, error: BaseException, reason: DeadReason, dead_letter_queue: str | None
+) -> Failed:
+    error_class, message, text = describe(error)
+    return Failed(
+        job.number,
+        started,
+        clock(),
+        error_class,
+        message,
+        text,
+        reason=reason,
+        dead_letter_queue=dead_letter_queue,
+    )
+
+
+def _request(job: Job, args: list[Any], kwargs: dict[str, Any]) -> Request:
+    eta = None
+    if job.eta is not None:
+        with suppress(ValueError, OverflowError, OSError):
+            eta = datetime.fromtimestamp(job.eta, UTC)
+    headers: dict[str, Any] = {}
+    if job.headers != "{}":
+        with suppress(msgspec.DecodeError, RecursionError):
+            headers = msgspec.json.decode(job.headers, type=dict[str, Any])
+    return Request(
+        id=job.id,
+        task=job.task,
+        args=args,
+        kwargs=kwargs,
+        retries=job.retries,
+        attempt=job.attempt,
+        eta=eta,
+        queue=job.queue,
+        priority=job.priority,
+        headers=headers,
+        worker=job.worker,
+        called_directly=False,
+    )
