@@ -283,6 +283,11 @@ class PgQueue:
     def default_policy(self) -> RetryPolicy:
         return RetryPolicy.from_options(retry_options(self.defaults))
 
+    @property
+    def default_limits(self) -> tuple[float | None, float | None]:
+        """The soft and the hard time limit of tasks that name none."""
+        return self.config.soft_time_limit, self.config.time_limit
+
     def route(self, task_name: str) -> TaskRoute:
         """Where `task_routes` sends the task."""
         if task_name in self._routes:

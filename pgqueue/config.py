@@ -63,6 +63,12 @@ class Config:
         lease: How long a worker may be silent before its jobs are taken back.
         shutdown_timeout: How long a worker that was asked to stop lets running jobs finish.
         concurrency: Jobs a worker runs at a time; by default one per usable CPU.
+        autoscale: Instead of `concurrency`: the most and the least executors, by how many jobs there are.
+        max_tasks_per_child: Jobs after which an executor is replaced.
+        max_memory_per_child: KiB of resident memory above which an executor is replaced, after the job that
+            brought it there.
+        soft_time_limit: Of tasks that name none.
+        time_limit: Of tasks that name none.
         max_crashes: Process deaths after which a job is buried.
         health_port: Where a worker answers /live and /ready over HTTP; 0 for any free port, None for nowhere.
         health_host: The address it does so on.
@@ -83,6 +89,11 @@ class Config:
     lease: float = _LEASE
     shutdown_timeout: float = 25.0
     concurrency: int = field(default_factory=usable_cpus)
+    autoscale: tuple[int, int] | None = None
+    max_tasks_per_child: int | None = None
+    max_memory_per_child: int | None = None
+    soft_time_limit: float | None = None
+    time_limit: float | None = None
     max_crashes: int = 3
     health_port: int | None = None
     health_host: str = "127.0.0.1"
@@ -125,6 +136,11 @@ class Config:
         if unknown := [f"unknown option {name!r}{_meant(name)}" for name in changes if name not in _RULES]:
             raise ConfigError("; ".join(unknown))
         return replace(self, **changes)
+
+    @property
+    def executors(self) -> tuple[int, int]:
+        """The most and the least executors of a worker."""
+        return self.autoscale or (self.concurrency, self.concurrency)
 
     @property
     def masked_dsn(self) -> str | None:
@@ -186,6 +202,9 @@ def _check(values: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[dict[
             errors.append(f"{sources[name]} {error}")
     if not {"lease", "heartbeat"} & (values.keys() - checked.keys()):
         errors += _check_lease(checked.get("lease", _LEASE), checked.get("heartbeat", _HEARTBEAT))
+    soft, hard = checked.get("soft_time_limit"), checked.get("time_limit")
+    if soft and hard and soft >= hard:
+        errors.append(f"soft_time_limit must be less than time_limit ({hard:g} s), got {soft:g}")
     return checked, errors
 
 
@@ -222,6 +241,26 @@ def _count(value: object, most: int = int(_MOST)) -> int:
 
 def _concurrency(value: object) -> int:
     return _count(value, most=MAX_CONCURRENCY)
+
+
+def _count_or_none(value: object) -> int | None:
+    return None if value is None else _count(value)
+
+
+def _autoscale(value: object) -> tuple[int, int] | None:
+    """`8,2`, or a pair."""
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        most, least = [int(part) if isinstance(part, str) else part for part in parts]  # type: ignore[attr-defined]
+        if _concurrency(most) >= _concurrency(least):
+            return most, least
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"must be the most and the least executors, 1 to {MAX_CONCURRENCY}, as in 8,2, got {shown(value)}"
+    )
 
 
 def _port(value: object) -> int | None:
@@ -298,6 +337,11 @@ _RULES: Final[dict[str, Callable[[object], Any]]] = {
     "lease": _positive,
     "shutdown_timeout": _from_zero,
     "concurrency": _concurrency,
+    "autoscale": _autoscale,
+    "max_tasks_per_child": _count_or_none,
+    "max_memory_per_child": _count_or_none,
+    "soft_time_limit": _positive_or_none,
+    "time_limit": _positive_or_none,
     "max_crashes": _count,
     "health_port": _port,
     "health_host": _host,
@@ -310,5 +354,5 @@ _RULES: Final[dict[str, Callable[[object], Any]]] = {
     "priority": _priority,
 }
 _NUMBERS: Final = frozenset(_RULES) - {
-    *("dsn", "listen", "listen_dsn", "schema", "log_level", "queue", "health_host"),
+    *("dsn", "listen", "listen_dsn", "schema", "log_level", "queue", "health_host", "autoscale"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from random import Random
 from typing import Any, Final
 
@@ -97,6 +97,14 @@ class RetryPolicy:
             raise ConfigError("; ".join(errors))
         values |= values.pop("retry_kwargs", {})
         return replace(defaults or cls(), **values)
+
+    def numbers(self) -> dict[str, Any]:
+        """What it says beside classes, to make a policy of elsewhere."""
+        return {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.name not in ("autoretry_for", "dont_autoretry_for")
+        }
 
     def decide(
         self, error: BaseException, *, retries: int, max_retries: int | None, random: Random

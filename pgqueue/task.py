@@ -58,6 +58,8 @@ class Application(Protocol):
     def default_priority(self) -> int: ...
     @property
     def default_policy(self) -> RetryPolicy: ...
+    @property
+    def default_limits(self) -> tuple[float | None, float | None]: ...
     def route(self, task_name: str) -> Route: ...
     def result_of(self, job_id: str) -> AsyncResult[Any]: ...
 
@@ -168,6 +170,18 @@ class Task(Generic[P, R]):
     def ignore_result(self) -> bool:
         """What it returns is not stored."""
         return bool(self._options.get("ignore_result"))
+
+    @property
+    def soft_time_limit(self) -> float | None:
+        """Seconds after which a run is told to end; None or 0 for never."""
+        limit: float | None = self._options.get("soft_time_limit")
+        return self._app.default_limits[0] if limit is None else limit
+
+    @property
+    def time_limit(self) -> float | None:
+        """Seconds after which a run is killed; None or 0 for never."""
+        limit: float | None = self._options.get("time_limit")
+        return self._app.default_limits[1] if limit is None else limit
 
     @property
     def history(self) -> bool:

@@ -52,6 +52,7 @@ Examples:
   pgqueue -A shop.app:app worker
   pgqueue -A shop.app:app worker -Q high,normal -c 4
   pgqueue -A shop.app:app worker -Q high:3,normal:1
+  pgqueue -A shop.app:app worker --autoscale 8,2 --max-memory-per-child 200000
 
 SIGTERM, SIGHUP or Ctrl-C: finish what is running, give the rest back, leave. A second one (half a second
 later or more) or SIGQUIT does not wait."""
@@ -64,6 +65,29 @@ later or more) or SIGQUIT does not wait."""
 )
 @click.option(
     "-c", "--concurrency", type=click.IntRange(1, 1024), help="Jobs at a time.  [default: usable CPUs]"
+)
+@click.option(
+    "--autoscale",
+    metavar="MAX,MIN",
+    help="Instead of -c: so many executors at most and at least, by the work there is.",
+)
+@click.option(
+    "--max-tasks-per-child", type=int, metavar="JOBS", help="Replace an executor after so many jobs."
+)
+@click.option(
+    "--max-memory-per-child",
+    type=int,
+    metavar="KIB",
+    help="Replace an executor that has grown beyond so many KiB, after its job.",
+)
+@click.option(
+    "--soft-time-limit",
+    type=float,
+    metavar="SECONDS",
+    help="Raise SoftTimeLimitExceeded in tasks that name no limit of their own.",
+)
+@click.option(
+    "--time-limit", type=float, metavar="SECONDS", help="Kill tasks that name no limit of their own."
 )
 @click.option("-l", "--loglevel", type=click.Choice(LOG_LEVELS, case_sensitive=False), help="[default: INFO]")
 @click.option(
@@ -97,6 +121,11 @@ def worker(
     context: Context,
     queues: str | None,
     concurrency: int | None,
+    autoscale: str | None,
+    max_tasks_per_child: int | None,
+    max_memory_per_child: int | None,
+    soft_time_limit: float | None,
+    time_limit: float | None,
     loglevel: str | None,
     poll_interval: float | None,
     listen_dsn: str | None,
@@ -111,6 +140,8 @@ def worker(
     """Run jobs."""
     if context.target is None:
         raise click.UsageError("a worker needs an application: pgqueue -A module:attribute worker")
+    if concurrency is not None and autoscale is not None:
+        raise click.UsageError("-c and --autoscale exclude each other: give one of them")
     try:
         names, weights = parse_queues(queues)
     except ValueError as error:
@@ -119,6 +150,11 @@ def worker(
         "dsn": context.dsn,
         "schema": context.schema,
         "concurrency": concurrency,
+        "autoscale": autoscale,
+        "max_tasks_per_child": max_tasks_per_child,
+        "max_memory_per_child": max_memory_per_child,
+        "soft_time_limit": soft_time_limit,
+        "time_limit": time_limit,
         "log_level": loglevel.upper() if loglevel else None,
         "poll_interval": poll_interval,
         "listen_dsn": listen_dsn,

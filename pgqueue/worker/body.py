@@ -16,10 +16,12 @@ import msgspec
 
 from pgqueue.codec import clean_text, encode_result
 from pgqueue.context import Request
-from pgqueue.errors import PayloadError, Retry, UnknownTask
+from pgqueue.errors import PayloadError, Retry, SoftTimeLimitExceeded, UnknownTask
 from pgqueue.failpoints import failpoint
+from pgqueue.job import OWN_HEADER
 from pgqueue.retry import Again
 from pgqueue.shapes import class_name
+from pgqueue.worker.interrupts import Alarm
 from pgqueue.worker.tracebacks import describe
 from pgqueue.worker.wire import Failed, Job, Snoozed, Succeeded, clock
 
@@ -35,10 +37,11 @@ Outcome = Succeeded | Failed | Snoozed
 
 
 class Body:
-    """Runs jobs of `app`, one at a time."""
+    """Runs jobs of `app`, one at a time, in the main thread, where `alarm` rings."""
 
-    def __init__(self, app: PgQueue) -> None:
+    def __init__(self, app: PgQueue, alarm: Alarm) -> None:
         self._app = app
+        self._alarm = alarm
         self._random = Random()
         self._recursion_limit = sys.getrecursionlimit()
 
@@ -58,8 +61,16 @@ class Body:
             task = self._app.find_task(job.task)
             args, kwargs = task.codec.decode(job.args, job.kwargs)
             failpoint("body_before")
+            headers, own = _headers(job)
+            request = _request(job, args, kwargs, headers)
+            soft = own.get("soft_time_limit", task.soft_time_limit)
             try:
-                value = task.run(_request(job, args, kwargs), args, kwargs)
+                if soft:
+                    why = f"it ran longer than its soft_time_limit of {soft:g} s"
+                    with self._alarm.set(soft, SoftTimeLimitExceeded(why)):
+                        value = task.run(request, args, kwargs)
+                else:
+                    value = task.run(request, args, kwargs)
             finally:
                 if sys.getrecursionlimit() < self._recursion_limit:  # what comes now must not be cut short
                     sys.setrecursionlimit(self._recursion_limit)
@@ -152,15 +163,21 @@ def _dead(
     )
 
 
-def _request(job: Job, args: list[Any], kwargs: dict[str, Any]) -> Request:
-    eta = None
-    if job.eta is not None:
-        with suppress(ValueError, OverflowError, OSError):
-            eta = datetime.fromtimestamp(job.eta, UTC)
+def _headers(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the caller sent along, and what travels with the job for us."""
     headers: dict[str, Any] = {}
     if job.headers != "{}":
         with suppress(msgspec.DecodeError, RecursionError):
             headers = msgspec.json.decode(job.headers, type=dict[str, Any])
+    own = headers.pop(OWN_HEADER, None)
+    return headers, own if isinstance(own, dict) else {}
+
+
+def _request(job: Job, args: list[Any], kwargs: dict[str, Any], headers: dict[str, Any]) -> Request:
+    eta = None
+    if job.eta is not None:
+        with suppress(ValueError, OverflowError, OSError):
+            eta = datetime.fromtimestamp(job.eta, UTC)
     return Request(
         id=job.id,
         task=job.task,

@@ -11,12 +11,20 @@ database; the clock is a parameter.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
+from random import Random
 
+import msgspec
+
+from pgqueue.config import MAX_CONCURRENCY
 from pgqueue.database.store import CLAIM_LIMIT, ClaimedJob, Outcome
-from pgqueue.retry import crash_delay
+from pgqueue.errors import TimeLimitExceeded
+from pgqueue.job import OWN_HEADER
+from pgqueue.retry import Again, Dead, RetryPolicy, crash_delay
 from pgqueue.worker.wire import Board, Failed, Job, Skipped, Snoozed, Succeeded, TaskFacts
 
 SHORT = 0.001
@@ -32,6 +40,14 @@ STRANDED = 0.5
 
 
 _UNKNOWN = TaskFacts()
+
+
+class _Own(msgspec.Struct):
+    time_limit: float | None = None
+
+
+class _Headers(msgspec.Struct):
+    pgqueue: _Own
 
 
 class Pace:
@@ -65,6 +81,7 @@ class Member:
         in_flight: Jobs sent and not reported yet, by number, in order.
         progress: The job number seen on the board last, and since when.
         retiring: Gets no more jobs.
+        overdue: The number of the job it was killed for, at its hard time limit; 0 for none.
         garbled: A task has written where it should not: what the board says may be wrong too.
     """
 
@@ -76,24 +93,43 @@ class Member:
     progress: tuple[int, float] = (0, 0.0)
     ready: bool = False
     retiring: bool = False
+    overdue: int = 0
     garbled: bool = False
 
 
 class Dispatcher:
     """Holds the claimed jobs of one supervisor until their outcomes are known.
 
+    Args:
+        max_crashes: Of tasks that name none.
+        max_tasks: Jobs an executor may get in its life; None for any number.
+
     Attributes:
         outcomes: What became of jobs, waiting to be acked.
+        leaving: Executors that get no more jobs.
+        slots: Executors that may run jobs at a time; one that leaves counts until its last job has ended.
+        spare: Executors that could be started if there were jobs for them.
         stale: How many acks found their job in other hands.
     """
 
-    def __init__(self, *, max_crashes: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_crashes: int,
+        max_tasks: int | None = None,
+        random: Random | None = None,
+    ) -> None:
+        self.leaving: list[Member] = []
+        self.slots = MAX_CONCURRENCY
+        self.spare = 0
         self.members: dict[int, Member] = {}
         self.outcomes: list[Outcome] = []
         self.pace = Pace()
         self.tasks: Mapping[str, TaskFacts] = {}
         self.succeeded = self.failed = self.crashed = self.stale = 0
         self._max_crashes = max_crashes
+        self._max_tasks = max_tasks
+        self._random = random or Random()
         self._waiting: deque[ClaimedJob] = deque()
         self._waiting_since = 0.0
 
@@ -131,7 +167,7 @@ class Dispatcher:
         if target > usable:
             # Half a buffer of slack makes claims large instead of frequent.
             return min(target - self.waiting, CLAIM_LIMIT) if self.waiting <= target // 2 else 0
-        return max(self.free_slots - self.waiting, 0)
+        return max(self.free_slots + self.spare - self.waiting, 0)
 
     def add(self, jobs: Iterable[ClaimedJob], now: float) -> None:
         """Take in claimed jobs, already in the order they are to be served; expired ones end here."""
@@ -208,6 +244,12 @@ class Dispatcher:
         if job is not None:
             self._waiting.appendleft(job)
 
+    def retire(self, member: Member) -> None:
+        """This executor gets no more jobs."""
+        if not member.retiring:
+            member.retiring = True
+            self.leaving.append(member)
+
     def has(self, member: Member, number: int) -> bool:
         """Whether this executor is there and still has that job."""
         return self.members.get(member.index) is member and number in member.in_flight
@@ -239,6 +281,11 @@ class Dispatcher:
         if running is None:
             return None
         facts = self._facts(running.task)
+        if member.overdue == first:
+            self._end_overdue(running, facts)
+            return running
+        if member.overdue:  # it was killed for the job before, which has ended after all
+            by_us, member.overdue = True, 0
         if by_us and not facts.runs_once:
             self._end(running, verb="release", queue=running.queue)
             return running
@@ -256,6 +303,28 @@ class Dispatcher:
         )
         return running
 
+    def kill_overdue(self, now: float) -> list[Member]:
+        """The executors whose job has reached its hard time limit, to be killed; each is returned once."""
+        found = []
+        for member in self.members.values():
+            job = self._running(member, now)
+            if job is None or member.overdue:
+                continue
+            limit = self.time_limit(job)
+            if limit and now - member.progress[1] >= limit:
+                member.overdue = member.board.started
+                found.append(member)
+        return found
+
+    def time_limit(self, job: ClaimedJob) -> float | None:
+        """Seconds after which this job is killed: its own limit, or its task's; None or 0 for never."""
+        if OWN_HEADER in job.headers:
+            with contextlib.suppress(msgspec.DecodeError, RecursionError):
+                limit = msgspec.json.decode(job.headers, type=_Headers).pgqueue.time_limit
+                if limit is not None:
+                    return limit
+        return self._facts(job.task).time_limit
+
     def take_back_stalled(self, now: float) -> None:
         """Take jobs back from executors whose current job runs longer than its chunk should."""
         for member in self.members.values():
@@ -269,6 +338,25 @@ class Dispatcher:
                 running = member.in_flight.get(started)
                 if running is not None:
                     self.pace.observe(running.task, now - member.progress[1])
+
+    def _end_overdue(self, job: ClaimedJob, facts: TaskFacts) -> None:
+        """A job was killed at its hard time limit: dead, unless its task's policy says otherwise."""
+        self.failed += 1
+        decision: Again | Dead = Dead("time_limit")
+        if facts.time_limit_policy is not None:
+            policy = RetryPolicy(autoretry_for=(TimeLimitExceeded,), **facts.time_limit_policy)
+            decision = policy.decide(
+                TimeLimitExceeded(), retries=job.retries, max_retries=job.max_retries, random=self._random
+            )
+        self._end(
+            job,
+            verb="bury" if isinstance(decision, Dead) else "retry",
+            delay=0.0 if isinstance(decision, Dead) else decision.delay,
+            reason=decision.reason if isinstance(decision, Dead) else "time_limit",
+            dead_letter_queue=facts.dead_letter_queue,
+            error_class="TimeLimitExceeded",
+            error_message=f"killed at its time_limit of {self.time_limit(job):g} s",
+        )
 
     def take_back_all(self) -> None:
         """Take back all that has not started: the drain."""
@@ -297,12 +385,18 @@ class Dispatcher:
         """Ids of the jobs known to have been running for so long."""
         found: list[str] = []
         for member in self.members.values():
-            started = member.board.started
-            if member.progress[0] != started:
-                member.progress = (started, now)
-            if started in member.in_flight and now - member.progress[1] >= seconds:
-                found.append(member.in_flight[started].id)
+            job = self._running(member, now)
+            if job is not None and now - member.progress[1] >= seconds:
+                found.append(job.id)
         return found
+
+    @staticmethod
+    def _running(member: Member, now: float) -> ClaimedJob | None:
+        """The job it runs, as the board says."""
+        started = member.board.started
+        if member.progress[0] != started:
+            member.progress = (started, now)
+        return member.in_flight.get(started)
 
     @staticmethod
     def _is_stuck(member: Member, now: float) -> bool:
@@ -311,12 +405,16 @@ class Dispatcher:
         return bool(member.in_flight) and member.board.started == started and now - since >= STALL
 
     def _usable(self) -> list[Member]:
-        return [member for member in self.members.values() if member.ready and not member.retiring]
+        leaving = sum(member.retiring and bool(member.in_flight) for member in self.members.values())
+        staying = (member for member in self.members.values() if member.ready and not member.retiring)
+        return list(islice(staying, max(self.slots - leaving, 0)))
 
     def _chunk(self, member: Member) -> list[ClaimedJob]:
         """The next jobs for one executor; empty when it has enough."""
         waiting, expect = self._waiting, self.pace.expect
         room = min(CHUNK_JOBS - len(member.in_flight), max(1, len(waiting) // max(1, len(self.members))))
+        if self._max_tasks is not None:
+            room = min(room, self._max_tasks + 1 - member.next_number)
         planned = 0.0
         if member.in_flight:
             if room < CHUNK_JOBS // 2:
@@ -344,6 +442,8 @@ class Dispatcher:
         number = member.next_number
         member.next_number += 1
         member.in_flight[number] = job
+        if self._max_tasks is not None and number >= self._max_tasks:
+            self.retire(member)
         return self.message(number, job)
 
     @staticmethod

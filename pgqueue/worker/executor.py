@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pgqueue.failpoints import failpoint
 from pgqueue.worker.body import Body, Outcome
+from pgqueue.worker.interrupts import Alarm
 from pgqueue.worker.signals import stay, stay_when_asked_to_stop
 from pgqueue.worker.wire import (
     Board,
@@ -25,6 +26,7 @@ from pgqueue.worker.wire import (
     Frames,
     Ready,
     Skipped,
+    Tired,
     decode_jobs,
     frame,
 )
@@ -37,9 +39,13 @@ class Executor:
     """Runs the jobs that come over `channel`, for the tasks of `app`."""
 
     def __init__(self, app: PgQueue, channel: socket.socket, board: Board) -> None:
-        self._body = Body(app)
+        alarm = Alarm()
+        alarm.listen()
+        self._body = Body(app, alarm)
         self._channel = channel
         self._board = board
+        self._most_memory = app.config.max_memory_per_child
+        self._tired = False
 
     def serve(self) -> None:
         """Run jobs until the supervisor closes the channel."""
@@ -52,19 +58,41 @@ class Executor:
             for payload in frames.feed(data):
                 for job in decode_jobs(payload):
                     failpoint("job_received")
-                    message = self._body.run(job) if self._board.start(job.number) else Skipped(job.number)
+                    starts = not self._tired and self._board.start(job.number)
+                    message = self._body.run(job) if starts else Skipped(job.number)
                     if os.getpid() != pid:
                         _leave(message)
                     # A body that closed every descriptor may have opened others in their place.
                     if _identity(descriptor) != channel:
                         raise OSError(f"job {job.id} has closed the descriptor of its executor's channel")
                     self._channel.sendall(frame(message))
+                    if self._most_memory is not None and not self._tired:
+                        self._look_at_memory(self._most_memory)
+
+    def _look_at_memory(self, most: int) -> None:
+        """Between two jobs: say so, and start nothing more, if this process has grown too large."""
+        memory = resident_memory()
+        if memory > most:
+            self._tired = True
+            self._channel.sendall(frame(Tired(memory)))
 
     def _receive(self) -> bytes:
         try:
             return self._channel.recv(1 << 18)
         except ConnectionResetError:
             return b""
+
+
+def resident_memory() -> int:
+    """KiB of this process; where the system does not say it, the most it has ever been."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 10
+    except OSError:
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most >> 10 if sys.platform == "darwin" else most
 
 
 def _identity(descriptor: int) -> tuple[int, int]:

@@ -134,6 +134,8 @@ def _facts(task: Task[..., Any]) -> TaskFacts:
         max_crashes=task.max_crashes,
         runs_once=task.runs_once,
         history=task.history,
+        time_limit=task.time_limit,
+        time_limit_policy=task.policy.numbers() if task.policy.retries_time_limit else None,
     )
 
 

@@ -31,13 +31,14 @@ from pgqueue.database.migrate import require_revision
 from pgqueue.database.store import QUERY_CANCELED, Call, GroupFailed, Link, Row
 from pgqueue.errors import ConfigError, DatabaseUnavailable, PgQueueError, SchemaMismatch
 from pgqueue.worker.claimer import Claimer
+from pgqueue.worker.crew import RESTART_FIRST, Crew
 from pgqueue.worker.dispatcher import STALL, Dispatcher, Member
 from pgqueue.worker.health import Health, HealthService
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes
 from pgqueue.worker.maintenance import Maintenance
 from pgqueue.worker.prefork import Prefork
-from pgqueue.worker.wire import Failed, FromExecutor, Loaded, Ready, Skipped, Snoozed, Succeeded, clock
+from pgqueue.worker.wire import Failed, FromExecutor, Loaded, Ready, Skipped, Snoozed, Succeeded, Tired, clock
 
 T = TypeVar("T")
 
@@ -45,7 +46,6 @@ log = logging.getLogger("pgqueue.worker")
 
 START_PATIENCE = 60.0
 """Seconds a starting worker waits for the database."""
-RESTART_FIRST, RESTART_MOST = 0.05, 5.0
 PAYLOAD_TIMEOUTS = 3
 """How often loading the arguments of one job may time out before they count as unreadable."""
 KILL_PATIENCE = 5.0
@@ -100,14 +100,17 @@ class Supervisor:
         self._random = random or Random()
         self._lanes = Lanes(queues, weights if queues else {}, self._random)
         self._identity = Identity()
-        self._dispatcher = Dispatcher(max_crashes=config.max_crashes)
+        self._dispatcher = Dispatcher(
+            max_crashes=config.max_crashes, max_tasks=config.max_tasks_per_child, random=self._random
+        )
+        most, least = config.executors
+        self._crew = Crew(processes, self._dispatcher, most=most, least=least)
         self._dsn = dsn
         self._claim_link = Link(dsn, schema=config.schema, name="claim")
         self._maintenance_link = Link(dsn, schema=config.schema, name="maintenance", statement_timeout=30)
         self._at_once = False
         self._stop_event = asyncio.Event()
         self._leaving: asyncio.Timeout | None = None
-        self._restart_delay = RESTART_FIRST
         self._killed = False
         self._complete = True
         self._draining = False
@@ -143,7 +146,7 @@ class Supervisor:
             self._dispatcher,
             self._claimer,
             self._maintenance,
-            concurrency=config.concurrency,
+            concurrency=config.executors[0],
             lease=config.lease,
         )
         self._health_service = HealthService(self._health.report)
@@ -163,14 +166,13 @@ class Supervisor:
                 await self._health_service.start(self._config.health_host, self._config.health_port)
             if not await self._register():
                 return True
-            for _ in range(self._config.concurrency):
-                self._processes.fork()
+            self._crew.fill()
             config = self._config
             log.info(
                 "worker_started id=%s queues=%s pool=prefork concurrency=%d tasks=%d",
                 self._identity.id,
                 ",".join(self._lanes.queues) or "(all)",
-                config.concurrency,
+                config.executors[0],
                 len(self._dispatcher.tasks),
             )
             listener = Listener(
@@ -243,7 +245,7 @@ class Supervisor:
                 # None: every queue there is, also one that will be.
                 "queues": [] if self._everything else self._lanes.queues,
                 "pool": "prefork",
-                "concurrency": self._config.concurrency,
+                "concurrency": self._config.executors[0],
                 "version": self._version,
             },
         )
@@ -290,6 +292,7 @@ class Supervisor:
         self._maintenance.look_for_due_jobs()
 
     def _send_out(self) -> None:
+        self._crew.renew()
         if self._draining:
             return
         for member, jobs in self._dispatcher.assign(clock()):
@@ -328,6 +331,7 @@ class Supervisor:
             return
         message = self._dispatcher.message(number, job)
         message.args, message.kwargs, message.headers = rows[0]
+        job.headers = message.headers
         self._processes.send(member, [message])
 
     def on_message(self, member: Member, messages: list[FromExecutor]) -> None:
@@ -341,8 +345,10 @@ class Supervisor:
             elif isinstance(message, Ready):
                 member.pid = message.pid
                 member.ready = True
-                dispatcher.members[member.index] = member
-                self._restart_delay = RESTART_FIRST
+                self._crew.ready(member)
+            elif isinstance(message, Tired):
+                log.info("executor_full pid=%d memory_kib=%d", member.pid, message.memory)
+                dispatcher.retire(member)
         self._send_out()
         self._claimer.poke()
 
@@ -350,25 +356,23 @@ class Supervisor:
         """An executor is gone: end its running job, put another in its place."""
         self._health.executor_gone(clock())
         crashed = self._dispatcher.gone(member, how, by_us=self._killed)
-        if crashed is not None and not self._killed:
+        if crashed is not None and member.overdue:
+            log.error(
+                "job_overdue job=%s task=%s attempt=%d limit=%g",
+                crashed.id,
+                crashed.task,
+                crashed.attempt,
+                self._dispatcher.time_limit(crashed) or 0.0,
+            )
+        elif crashed is not None and not self._killed:
             log.error(
                 "job_crashed job=%s task=%s attempt=%d how=%s", crashed.id, crashed.task, crashed.attempt, how
             )
-        elif not self._draining:
+        elif not self._draining and not member.retiring and not member.overdue:
             log.error("executor_died how=%s", how)
-        if not self._draining:
-            self._spawn(self._replace())
+        self._crew.gone(member)
         self._send_out()
         self._claimer.poke()
-
-    async def _replace(self) -> None:
-        """Start an executor in place of a dead one; slower each time when they die before they are ready."""
-        delay = self._restart_delay
-        self._restart_delay = min(2 * delay, RESTART_MOST)
-        await asyncio.sleep(delay)
-        # A new fork server may have brought this one already.
-        if not self._draining and self._processes.count < self._config.concurrency:
-            self._processes.fork()
 
     def on_lost_fork_server(self) -> None:
         """Start another fork server; its children have been reported one by one."""
@@ -378,8 +382,7 @@ class Supervisor:
 
     async def _restart_fork_server(self) -> None:
         self._dispatcher.tasks = (await self._processes.start()).tasks
-        for _ in range(self._config.concurrency - self._processes.count):
-            self._processes.fork()
+        self._crew.fill()
 
     async def _tick(self) -> None:
         """Look after what no event announces: stalled chunks, and jobs stranded here without a slot."""
@@ -391,7 +394,10 @@ class Supervisor:
             now = clock()
             self._health.watch(now)
             dispatcher.take_back_stalled(now)
+            for member in dispatcher.kill_overdue(now):
+                self._processes.kill(member)
             self._send_out()
+            self._crew.scale(now)
             if dispatcher.release_stranded(now):
                 self._claimer.poke()
 
@@ -400,6 +406,7 @@ class Supervisor:
         dispatcher = self._dispatcher
         self._draining = True
         self._claimer.draining = True
+        self._crew.dismiss()
         log.info("worker_stopping running=%d", dispatcher.in_flight)
         dispatcher.take_back_all()
         killed_at = float("inf")

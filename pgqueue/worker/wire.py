@@ -103,6 +103,12 @@ class Snoozed(msgspec.Struct, array_like=True, tag="snoozed"):
     delay: float
 
 
+class Tired(msgspec.Struct, array_like=True, tag="tired"):
+    """Executor to supervisor: has grown beyond the limit, to `memory` KiB, and starts nothing more."""
+
+    memory: int
+
+
 class Skipped(msgspec.Struct, array_like=True, tag="skipped"):
     """Executor to supervisor: not started, because it was taken back."""
 
@@ -116,12 +122,16 @@ class TaskFacts(msgspec.Struct, array_like=True):
         max_crashes: None for the worker's.
         runs_once: A run that may have begun is not repeated when its process or its worker is lost.
         history: What succeeds is kept.
+        time_limit: Seconds after which a run is killed; None or 0 for never.
+        time_limit_policy: The numbers of the `RetryPolicy` for what was killed so; None: it is dead.
     """
 
     dead_letter_queue: str | None = None
     max_crashes: int | None = None
     runs_once: bool = False
     history: bool = True
+    time_limit: float | None = None
+    time_limit_policy: dict[str, Any] | None = None
 
 
 class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
@@ -153,7 +163,7 @@ class Exited(msgspec.Struct, array_like=True, tag="exited"):
     status: int
 
 
-FromExecutor = Ready | Succeeded | Failed | Snoozed | Skipped
+FromExecutor = Ready | Succeeded | Failed | Snoozed | Tired | Skipped
 FromForkServer = Loaded | LoadFailed | Forked | Exited
 
 _encoder = msgspec.msgpack.Encoder()

@@ -261,6 +261,11 @@ SETTINGS: Mapping[str, Sequence[str]] = {
     "lease": (*NUMBERS, "0", "14"),
     "shutdown_timeout": NUMBERS,
     "concurrency": ("many", "0", "-1", "1.5", "1025", HUGE),
+    "autoscale": ("many", "8", "2,8", "8,0", "8,2,1", "1025,1", "8;2"),
+    "max_tasks_per_child": ("", "many", "0", "-1", "1.5", HUGE),
+    "max_memory_per_child": ("", "200MB", "0", "-1", "1.5", HUGE),
+    "soft_time_limit": (*NUMBERS, "0"),
+    "time_limit": (*NUMBERS, "0"),
     "max_crashes": ("", "many", "0", "-1", "1.5", HUGE),
     "retention_finished": (*NUMBERS, "0"),
     "retention_failures": (*NUMBERS, "0"),
@@ -275,9 +280,12 @@ SETTINGS: Mapping[str, Sequence[str]] = {
 """Each setting of `Config` with wrong values, as a variable or a flag has them."""
 
 
+WHOLE = ("max_crashes", "max_tasks_per_child", "max_memory_per_child")
+
+
 def setting_values(name: str) -> Sequence[str]:
     # click reads the flags of whole numbers itself.
-    found = [value for value in SETTINGS[name] if name != "max_crashes" or value.lstrip("-").isdigit()]
+    found = [value for value in SETTINGS[name] if name not in WHOLE or value.lstrip("-").isdigit()]
     # These are wrong beside the other setting's default, which the application may change.
     return [value for value in found if (name, value) not in (("heartbeat", "11"), ("lease", "14"))]
 
@@ -440,6 +448,11 @@ WRONG_SETTINGS: Mapping[str, Sequence[str]] = {
     "lease": ("0", "'30'", "14", "float('nan')"),
     "shutdown_timeout": ("-1", "'25'", "True", "float('inf')"),
     "concurrency": ("0", "-1", "1.5", "'2'", "True", "1025", BIG),
+    "autoscale": ("5", "(2, 8)", "'8'", "(8, 2.5)", "(True, 1)", "(1025, 1)"),
+    "max_tasks_per_child": ("0", "-1", "1.5", "'2'", "True", BIG),
+    "max_memory_per_child": ("0", "-1", "1.5", "'200MB'", "True", BIG),
+    "soft_time_limit": ("0", "-1", "'5'", "True", "float('nan')", BIG),
+    "time_limit": ("0", "-1", "'5'", "True", "float('nan')", BIG),
     "max_crashes": ("0", "-1", "2.0", "'3'", "True", BIG),
     "retention_finished": ("0", "-1", "'7'", "float('inf')"),
     "retention_failures": ("0", "'30'"),
@@ -467,10 +480,15 @@ TASK_OPTION_VALUES: Mapping[str, Sequence[str]] = {
     "retry_backoff": ("-1", "'2'", "float('nan')", BIG),
     "retry_backoff_max": ("-1", "'600'", "None", BIG),
     "retry_jitter": ("1", "'no'"),
+    "max_crashes": ("0", "-1", "1.5", "'3'", "True", BIG),
+    "on_crash": ("''", "'ignore'", "5", "True"),
+    "soft_time_limit": ("-1", "'5'", "True", "float('nan')", BIG),
+    "time_limit": ("-1", "'5'", "True", "float('inf')", "timedelta(seconds=5)"),
+    "ignore_result": ("1", "'no'"),
+    "history": ("0", "'no'"),
     "retries": ("3",),
     "acks_late": ("True",),
     "qeue": ("'high'",),
-    "time_limit": ("3",),
 }
 
 JOB_OPTION_VALUES: Mapping[str, Sequence[tuple[str, str]]] = {

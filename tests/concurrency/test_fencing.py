@@ -34,7 +34,7 @@ from pgqueue.job import new_id
 ME, OTHER = "host:1:aaaa", "host:2:bbbb"
 END = 2**63 - 1
 DEADLINE = 20.0
-VERBS: tuple[Verb, ...] = ("finish", "retry", "bury", "release")
+VERBS: tuple[Verb, ...] = ("finish", "retry", "snooze", "bury", "release")
 TIMEOUTS = {"statement_timeout": "20s", "lock_timeout": "20s"}
 
 Connection = psycopg.Connection[Any]
@@ -119,7 +119,14 @@ def ack_call(verb: Verb, *ids: str, attempt: int = 1, worker: str = ME, **facts:
 def rescue_call(batch: int = 100) -> Call:
     return Call(
         "rescue_jobs",
-        {"batch": batch, "max_crashes": 3, "max_rescues": 10, "dead_letter_queues": "{}"},
+        {
+            "batch": batch,
+            "max_crashes": 3,
+            "max_rescues": 10,
+            "dead_letter_queues": "{}",
+            "task_max_crashes": "{}",
+            "once": [],
+        },
     )
 
 
@@ -244,9 +251,14 @@ def test_a_rescue_that_meets_an_ack_passes_it_by(connect: Connect, verb: Verb) -
         assert run(one, ack_call(verb, acked)) == (1, None)
         assert do(two, rescue_call()) == (1, ["default"], 0)
     assert do(two, rescue_call()) == (0, [], 0)
-    live = {"finish": [], "retry": [("scheduled", 1, None)], "bury": [], "release": [("ready", 1, None)]}[
-        verb
-    ]
+    later = [("scheduled", 1, None)]
+    live = {
+        "finish": [],
+        "retry": later,
+        "snooze": later,
+        "bury": [],
+        "release": [("ready", 1, None)],
+    }[verb]
     assert states(one) == [*live, ("ready", 1, None)]
     row = one.execute("select rescues from pgqueue.jobs where id = %s", [lost]).fetchone()
     assert row == (1,)

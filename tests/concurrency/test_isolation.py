@@ -108,7 +108,14 @@ async def serve(link: Link, worker: str, runs: list[tuple[str, int]]) -> None:
     keep = [
         Call(
             "rescue_jobs",
-            {"batch": 10, "max_crashes": 3, "max_rescues": 10, "dead_letter_queues": "{}"},
+            {
+                "batch": 10,
+                "max_crashes": 3,
+                "max_rescues": 10,
+                "dead_letter_queues": "{}",
+                "task_max_crashes": "{}",
+                "once": [],
+            },
         ),
         Call("promote_jobs", {"after": 0.0, "now": None, "batch": 10}),
         Call("next_eta", {"after": 0.0}),

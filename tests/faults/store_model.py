@@ -230,6 +230,8 @@ class Model:
             self.finished.setdefault(job.id, []).append(end)
         elif outcome.verb == "release":
             job.state, job.worker, job.position, job.late = "ready", None, None, False
+        elif outcome.verb == "snooze":
+            job.state, job.worker, job.eta = "scheduled", None, None
         elif outcome.verb == "retry":
             self.failures[job.id, job.attempt, outcome.kind] += 1
             job.state, job.worker, job.eta = "scheduled", None, None
@@ -253,11 +255,20 @@ class Model:
         alive = {worker for worker, row in self.workers.items() if not row.fenced}
         return [job for job in self.of("running") if job.worker not in alive]
 
-    def rescue(self, job_id: str, *, max_crashes: int, max_rescues: int, letters: Mapping[str, str]) -> bool:
-        """Take a lost job back; whether it became ready again."""
+    def rescue(
+        self,
+        job_id: str,
+        *,
+        max_crashes: int,
+        max_rescues: int,
+        letters: Mapping[str, str],
+        once: Iterable[str],
+    ) -> bool:
+        """Take a lost job back; whether it became ready again. Tasks of `once` must not run twice."""
         job = self.jobs[job_id]
         row = self.workers.get(job.worker or "")
-        crashed = row is not None and job_id in row.running
+        crashed = (row is not None and job_id in row.running) or job.task in once
+        max_crashes = 1 if job.task in once else max_crashes
         if crashed:
             self.failures[job.id, job.attempt, "crashed"] += 1
             again = job.crashes + 1 < max_crashes

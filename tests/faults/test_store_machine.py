@@ -7,6 +7,7 @@ and wrong; where they look for work is planned by the real lanes.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import Counter
@@ -54,10 +55,11 @@ pick = st.integers(0, 1 << 20)
 """Chooses from a list of any length, modulo its length."""
 
 
+VERBS = ["finish", "retry", "snooze", "bury", "release"]
 ACKS = st.lists(
     st.tuples(
         pick,
-        st.sampled_from(["finish", "finish", "retry", "retry", "bury", "release"]),
+        st.sampled_from(["finish", "finish", "retry", "retry", "snooze", "bury", "release"]),
         st.sampled_from(
             ["right"] * 6 + ["attempt too low", "attempt too high", "other worker", "unknown job"]
         ),
@@ -380,7 +382,7 @@ class StoreMachine(RuleBasedStateMachine):
         elif end == "lost":
             self.claim_for(self.workers[0], 100, to_the_end=True)
             self.fence(0, False, None)
-            self.rescue(100, 1, 0)
+            self.rescue(100, 1, 0, [])
 
     @rule(number=st.integers(0, PRODUCERS - 1), commits=st.booleans())
     def begin_or_end(self, number: int, commits: bool) -> None:
@@ -487,7 +489,11 @@ class StoreMachine(RuleBasedStateMachine):
             self.settle([self.outcome(token, verb, detail) for token in self.tokens[-count:]])
 
     @precondition(lambda self: self.model.of("running"))
-    @rule(which=pick, verb=st.sampled_from(["finish", "retry", "bury", "release"]), by_other=st.booleans())
+    @rule(
+        which=pick,
+        verb=st.sampled_from(["finish", "retry", "snooze", "bury", "release"]),
+        by_other=st.booleans(),
+    )
     def ack_what_is_not_ours(self, which: int, verb: str, by_other: bool) -> None:
         """For the right job, but for the run before this one, or for a run of another worker."""
         running = sorted(self.model.of("running"), key=lambda job: job.id)
@@ -501,7 +507,7 @@ class StoreMachine(RuleBasedStateMachine):
     def lose_worker(self, number: int, mask: int) -> None:
         """It had said what it runs, or nothing; it is fenced, and its jobs are taken back."""
         self.fence(number, False, mask)
-        self.rescue(100, 3, 3)
+        self.rescue(100, 3, 3, [])
 
     @precondition(lambda self: self.model.of("ready"))
     @rule(number=st.integers(0, WORKERS - 1), verb=st.sampled_from(["finish", "bury", "retry"]), detail=pick)
@@ -520,7 +526,7 @@ class StoreMachine(RuleBasedStateMachine):
             for outcome in group:
                 if self.model.ack(outcome):
                     counted.append(outcome.id)
-                    if outcome.verb == "retry":
+                    if outcome.verb in ("retry", "snooze"):
                         retried[outcome.id] = outcome.delay
             ((done, done_ids),) = rows
             assert done == len(counted)
@@ -535,6 +541,8 @@ class StoreMachine(RuleBasedStateMachine):
             outcome.state = "expired" if detail % 4 == 0 else "succeeded"
             outcome.result = "[1]" if detail % 3 else None
             outcome.started = outcome.finished = time.monotonic()
+        elif verb == "snooze":
+            outcome.delay = (0.0, 3600.0)[detail % 2]
         elif verb in ("retry", "bury"):
             outcome.kind = "crashed" if detail % 3 == 0 else "failed"
             outcome.error_message = "message" if detail % 2 else None
@@ -592,9 +600,10 @@ class StoreMachine(RuleBasedStateMachine):
         row.fenced = True
 
     @rule(
-        batch=st.sampled_from([1, 2, 100, 100]), max_crashes=st.integers(1, 3), max_rescues=st.integers(0, 3)
-    )
-    def rescue(self, batch: int, max_crashes: int, max_rescues: int) -> None:
+        batch=st.sampled_from([1, 2, 100, 100]), max_crashes=st.integers(1, 3), max_rescues=st.integers(0, 3),
+        once=st.sampled_from([[], [], ["t.two"]]),
+    )  # fmt: skip
+    def rescue(self, batch: int, max_crashes: int, max_rescues: int, once: Sequence[str]) -> None:
         lost = {job.id: job.row for job in self.model.lost()}
         letters = '{"t.two": "graveyard"}'
         ((rescued, queues, buried),) = self.store.call(
@@ -603,6 +612,8 @@ class StoreMachine(RuleBasedStateMachine):
             max_crashes=max_crashes,
             max_rescues=max_rescues,
             dead_letter_queues=letters,
+            task_max_crashes=json.dumps(dict.fromkeys(once, 1)),
+            once=list(once),
         )
         still = {
             str(row[0])
@@ -615,7 +626,9 @@ class StoreMachine(RuleBasedStateMachine):
         again = [
             job_id
             for job_id in taken
-            if self.model.rescue(job_id, max_crashes=max_crashes, max_rescues=max_rescues, letters=LETTERS)
+            if self.model.rescue(
+                job_id, max_crashes=max_crashes, max_rescues=max_rescues, letters=LETTERS, once=once
+            )
         ]
         assert (rescued, set(queues)) == (len(again), {self.model.jobs[job_id].queue for job_id in again})
 

@@ -104,6 +104,8 @@ HOT = {
         },
         BY_ID,
     ),
+    "ack_forgotten": Hot({**FENCE, "ids": ID_LIST}, BY_ID),
+    "ack_snoozed": Hot({**FENCE, "ids": ID_LIST, "delays": [1.0] * len(IDS)}, BY_ID),
     "release_jobs": Hot({**FENCE, "ids": ID_LIST}, BY_ID),
     "load_payload": Hot({**FENCE, "id": IDS[0]}, BY_ID),
     "promote_jobs": Hot(
@@ -113,7 +115,14 @@ HOT = {
     "next_eta": Hot({"after": 1.0}, {"jobs_scheduled": ("eta >",)}),
     "find_queues": Hot({"known": [f"q{number}" for number in range(20)]}, {"jobs_ready": ("queue >",)}),
     "rescue_jobs": Hot(
-        {"batch": 100, "max_crashes": 3, "max_rescues": 10, "dead_letter_queues": "{}"},
+        {
+            "batch": 100,
+            "max_crashes": 3,
+            "max_rescues": 10,
+            "dead_letter_queues": "{}",
+            "task_max_crashes": "{}",
+            "once": [],
+        },
         {"jobs_running": ("worker_id",), **BY_ID},
     ),
     "list_claimed": Hot({"worker": ME}, {"jobs_running": ("worker_id =",)}),

@@ -156,6 +156,8 @@ def rescue(connection: Connection, batch: int = 100, letters: Mapping[str, str] 
         max_crashes=3,
         max_rescues=MAX_RESCUES,
         dead_letter_queues=json.dumps(letters or {}),
+        task_max_crashes="{}",
+        once=[],
     )[0]
 
 
@@ -222,6 +224,7 @@ def one_of_each(connection: Connection) -> dict[str, str]:
         ("retry", {"mine"}),
         ("bury", {"mine"}),
         ("release", {"mine"}),
+        ("snooze", {"mine"}),
         ("claim", {"ready"}),
         ("promote", {"due"}),
         ("rescue", {"of a fenced worker", "nobody's"}),
@@ -282,17 +285,17 @@ def test_an_ack_asks_for_the_state_too(connection: Connection) -> None:
     by_hand = [add(connection, attempt=1, worker_id=ME), add(connection, attempt=1, worker_id=ME)]
     connection.execute("update pgqueue.jobs set state = 'scheduled', eta = now() where id = %s", [by_hand[0]])
     before = everything(connection)
-    for verb in ("finish", "retry", "bury", "release"):
+    for verb in ("finish", "retry", "snooze", "bury", "release"):
         assert ack(connection, *(outcome(job_id, verb) for job_id in by_hand)) == [(0, None)]
     assert everything(connection) == before
 
 
 def test_a_repeated_ack_finds_nothing(connection: Connection) -> None:
-    for verb in ("finish", "retry", "bury", "release"):
+    for verb in ("finish", "retry", "snooze", "bury", "release"):
         job_id = add_running(connection)
         assert ack(connection, outcome(job_id, verb)) == [(1, None)]
         before = everything(connection)
-        for again in ("finish", "retry", "bury", "release"):
+        for again in ("finish", "retry", "snooze", "bury", "release"):
             assert ack(connection, outcome(job_id, again)) == [(0, None)]
         assert everything(connection) == before
 
@@ -661,6 +664,66 @@ def test_a_job_that_dies_again_replaces_its_letter(connection: Connection) -> No
     assert new == {**facts, "attempt": 5, "retries": 2, "crashes": 1, "error_message": None}
 
 
+def test_a_snoozed_job_waits_and_nothing_is_counted(connection: Connection) -> None:
+    job_id = add_running(connection, attempt=5, retries=2)
+    assert ack(connection, outcome(job_id, "snooze", attempt=5, delay=60.0)) == [(1, None)]
+    row = look(connection, "jobs", job_id)
+    assert row is not None
+    assert (row["state"], row["attempt"], row["retries"], row["crashes"]) == ("scheduled", 5, 2, 0)
+    assert (row["worker_id"], row["claimed_at"]) == (None, None)
+    assert 50 < seconds(row["enqueued_at"], row["eta"]) <= 61
+    assert connection.execute("select count(*) from pgqueue.failures").fetchone() == (0,)
+
+
+def test_a_forgotten_job_leaves_nothing(connection: Connection) -> None:
+    kept, forgotten = add_running(connection), add_running(connection)
+    answers = ack(connection, outcome(forgotten, "finish", history=False), outcome(kept, "finish"))
+    assert answers == [(1, None), (1, None)]
+    assert [row[0] for row in connection.execute("select id::text from pgqueue.all_jobs")] == [kept]
+    assert ack(connection, outcome(forgotten, "finish", history=False)) == [(0, None)]
+
+
+@pytest.mark.parametrize(
+    ("task_max_crashes", "once", "crashes", "dead"),
+    [
+        ({}, [], 1, False),
+        ({}, [], 2, True),
+        ({"task": 5}, [], 2, False),
+        ({"task": 1}, [], 0, True),
+        ({"other": 1}, [], 0, False),
+    ],
+)
+def test_a_task_has_crashes_of_its_own(
+    connection: Connection, task_max_crashes: Mapping[str, int], once: list[str], crashes: int, dead: bool
+) -> None:
+    job_id = add_running(connection, worker="gone", crashes=crashes, task="task")
+    register(connection, "gone")
+    connection.execute(
+        "update pgqueue.workers set fenced = true, running = array[%s::uuid] where id = 'gone'", [job_id]
+    )
+    answer = do(
+        connection, "rescue_jobs", batch=9, max_crashes=3, max_rescues=10, dead_letter_queues="{}",
+        task_max_crashes=json.dumps(task_max_crashes), once=once,
+    )[0]  # fmt: skip
+    assert answer[2] == dead
+
+
+def test_a_lost_run_that_may_have_begun_is_not_repeated_if_its_task_must_not_run_twice(
+    connection: Connection,
+) -> None:
+    once = add_running(connection, "missing", task="charge")
+    often = add_running(connection, "missing", task="mail")
+    answer = do(
+        connection, "rescue_jobs", batch=9, max_crashes=3, max_rescues=10, dead_letter_queues="{}",
+        task_max_crashes='{"charge": 1}', once=["charge"],
+    )[0]  # fmt: skip
+    assert answer == (1, ["default"], 1)
+    row: Any = connection.execute("select id::text, reason, crashes from pgqueue.dead_letters").fetchone()
+    assert row == (once, "crashed", 1)
+    row = connection.execute("select id::text, state, rescues from pgqueue.jobs").fetchone()
+    assert row == (often, "ready", 1)
+
+
 def test_a_released_job_goes_to_the_end_of_its_lane_and_keeps_its_attempt(connection: Connection) -> None:
     job_id = add_running(
         connection, retries=1, crashes=1, rescues=1, attempt=5, eta=datetime(2024, 1, 1, tzinfo=UTC)
@@ -853,7 +916,9 @@ def test_rescue_takes_a_batch_at_a_time(connection: Connection) -> None:
 def test_two_rescuers_at_once_take_each_job_once(connection: Connection, second: Connection) -> None:
     for _ in range(20):
         add_running(connection, "gone")
-    parameters = dict(batch=15, max_crashes=3, max_rescues=10, dead_letter_queues="{}")
+    parameters = dict(
+        batch=15, max_crashes=3, max_rescues=10, dead_letter_queues="{}", task_max_crashes="{}", once=[]
+    )
     with connection.transaction():
         connection.execute("set transaction isolation level read committed")
         assert connection.execute(query("rescue_jobs").text, parameters).fetchall() == [(15, ["default"], 0)]

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pgqueue.database.store import CLAIM_LIMIT, ClaimedJob
+from pgqueue.retry import RetryPolicy
 from pgqueue.worker.dispatcher import CHUNK_JOBS, PREFETCH_JOBS, STALL, STRANDED, Dispatcher, Member, Pace
-from pgqueue.worker.wire import Board, Failed, Skipped, Succeeded, TaskFacts
+from pgqueue.worker.wire import Board, Failed, Skipped, Snoozed, Succeeded, TaskFacts
 
 _numbers = itertools.count(1)
 
@@ -281,3 +282,112 @@ def test_what_waits_under_a_fenced_name_is_dropped(make: Callable[..., Dispatche
     dispatcher.add([old, mine], 0.0)
     dispatcher.drop_waiting("former")
     assert dispatcher.holds == {mine.id}
+
+
+class TestTimeLimit:
+    def test_a_job_at_its_limit_is_dead_and_the_rest_of_its_chunk_waits(
+        self, make: Callable[..., Dispatcher]
+    ) -> None:
+        dispatcher = make(1)
+        dispatcher.tasks = {"task": TaskFacts(dead_letter_queue="late", time_limit=5.0)}
+        teach(dispatcher, "task", 0.00002)
+        dispatcher.add([claimed(), claimed()], 0.0)
+        sent(dispatcher)
+        member = dispatcher.members[1]
+        member.board.start(1)
+        assert dispatcher.kill_overdue(10.0) == []
+        assert dispatcher.kill_overdue(14.9) == []
+        assert dispatcher.kill_overdue(15.0) == [member]
+        assert dispatcher.kill_overdue(16.0) == [], "killed once"
+        dispatcher.gone(member, "was killed")
+        (outcome,) = dispatcher.outcomes
+        assert (outcome.verb, outcome.reason, outcome.kind) == ("bury", "time_limit", "failed")
+        assert (outcome.dead_letter_queue, dispatcher.crashed, dispatcher.waiting) == ("late", 0, 1)
+
+    def test_one_that_ended_after_all_costs_the_next_one_nothing(
+        self, make: Callable[..., Dispatcher]
+    ) -> None:
+        dispatcher = make(1)
+        dispatcher.tasks = {"task": TaskFacts(time_limit=5.0)}
+        teach(dispatcher, "task", 0.00002)
+        dispatcher.add([claimed(), claimed()], 0.0)
+        sent(dispatcher)
+        member = dispatcher.members[1]
+        member.board.start(1)
+        dispatcher.kill_overdue(0.0)
+        dispatcher.kill_overdue(5.0)
+        dispatcher.finished(member, Succeeded(1, 0.0, 5.0))
+        member.board.start(2)
+        dispatcher.gone(member, "was killed")
+        assert [outcome.verb for outcome in dispatcher.outcomes] == ["finish", "release"]
+
+    def test_a_policy_that_names_it_is_asked(self, make: Callable[..., Dispatcher]) -> None:
+        numbers = RetryPolicy(max_retries=1, default_retry_delay=7.0).numbers()
+        for retries, verb in ((0, "retry"), (1, "bury")):
+            dispatcher = make(1)
+            dispatcher.tasks = {"task": TaskFacts(time_limit=5.0, time_limit_policy=numbers)}
+            job = claimed()
+            job.retries = retries
+            dispatcher.add([job], 0.0)
+            sent(dispatcher)
+            member = dispatcher.members[1]
+            member.board.start(1)
+            dispatcher.kill_overdue(0.0)
+            dispatcher.kill_overdue(5.0)
+            dispatcher.gone(member, "was killed")
+            (outcome,) = dispatcher.outcomes
+            assert outcome.verb == verb
+            assert outcome.delay == (7.0 if verb == "retry" else 0.0)
+
+    @pytest.mark.parametrize(
+        ("headers", "limit"),
+        [
+            ("{}", 5.0),
+            ('{"pgqueue": {"time_limit": 9}}', 9.0),
+            ('{"pgqueue": {"time_limit": 0}}', 0.0),
+            ('{"pgqueue": {"soft_time_limit": 1}}', 5.0),
+            ('{"pgqueue": "nonsense"}', 5.0),
+            ('{"about": "pgqueue"}', 5.0),
+        ],
+    )
+    def test_a_jobs_own_beats_the_tasks(
+        self, make: Callable[..., Dispatcher], headers: str, limit: float
+    ) -> None:
+        dispatcher = make(1)
+        dispatcher.tasks = {"task": TaskFacts(time_limit=5.0)}
+        job = claimed()
+        job.headers = headers
+        assert dispatcher.time_limit(job) == limit
+
+
+class TestCrashes:
+    @pytest.mark.parametrize(
+        ("facts", "crashes", "by_us", "verb"),
+        [
+            (TaskFacts(), 1, False, "retry"),
+            (TaskFacts(), 2, False, "bury"),
+            (TaskFacts(max_crashes=1), 0, False, "bury"),
+            (TaskFacts(max_crashes=9), 7, False, "retry"),
+            (TaskFacts(), 2, True, "release"),
+            (TaskFacts(max_crashes=1, runs_once=True), 0, True, "bury"),
+        ],
+    )
+    def test_what_a_death_means(
+        self, make: Callable[..., Dispatcher], facts: TaskFacts, crashes: int, by_us: bool, verb: str
+    ) -> None:
+        dispatcher = make(1)
+        dispatcher.tasks = {"task": facts}
+        dispatcher.add([claimed(crashes=crashes)], 0.0)
+        sent(dispatcher)
+        dispatcher.members[1].board.start(1)
+        dispatcher.gone(dispatcher.members[1], "was killed", by_us=by_us)
+        assert [outcome.verb for outcome in dispatcher.outcomes] == [verb]
+
+
+def test_a_snoozed_job_waits_and_nothing_has_failed(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(1)
+    dispatcher.add([claimed()], 0.0)
+    sent(dispatcher)
+    dispatcher.finished(dispatcher.members[1], Snoozed(1, 0.0, 1.0, 30.0))
+    (outcome,) = dispatcher.outcomes
+    assert (outcome.verb, outcome.delay, dispatcher.failed) == ("snooze", 30.0, 0)

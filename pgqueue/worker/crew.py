@@ -1,0 +1,127 @@
+"""How many executors a worker has: the dead are replaced, the worn renewed, and their number fits the work.
+
+An executor that is to leave (it has run its number of jobs, or has grown too large) gets no more jobs, and
+its successor is forked at once; that one starts its first job when the last one of its predecessor has ended.
+So a renewal costs no slot, and never delays or loses a job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from pgqueue.worker.dispatcher import Dispatcher, Member
+
+log = logging.getLogger("pgqueue.worker")
+
+RESTART_FIRST, RESTART_MOST = 0.05, 5.0
+SHRINK_AFTER = 30.0
+"""Seconds in which executors have not been needed before they leave, where their number follows the work."""
+
+
+class Processes(Protocol):
+    """What is asked of the processes."""
+
+    @property
+    def count(self) -> int:
+        """Executors asked for and not gone."""
+
+    def fork(self) -> None:
+        """Ask for one more."""
+
+    def retire(self, member: Member) -> None:
+        """Let one without jobs leave."""
+
+
+class Crew:
+    """Keeps as many executors as are wanted.
+
+    Args:
+        most: Executors at most.
+        least: Executors at least; their number follows the work in between.
+    """
+
+    def __init__(self, processes: Processes, dispatcher: Dispatcher, *, most: int, least: int) -> None:
+        self._processes = processes
+        self._dispatcher = dispatcher
+        self._most = most
+        self._least = least
+        self._loop = asyncio.get_running_loop()
+        self._delay = RESTART_FIRST
+        self._dismissed = False
+        self._told: set[int] = set()
+        self._busiest = 0
+        self._shrink_at: float | None = None
+        self._resize(least)
+
+    def fill(self) -> None:
+        """Fork what is missing."""
+        if not self._dismissed:
+            missing = self._wanted - (self._processes.count - len(self._dispatcher.leaving))
+            for _ in range(missing):
+                self._processes.fork()
+
+    def ready(self, member: Member) -> None:
+        """One is up."""
+        self._dispatcher.members[member.index] = member
+        self._delay = RESTART_FIRST
+
+    def gone(self, member: Member) -> bool:
+        """One has ended; returns whether it was to leave.
+
+        Another one takes its place, later each time when they die before they are ready.
+        """
+        self._told.discard(member.index)
+        leaving = member in self._dispatcher.leaving
+        if leaving:
+            self._dispatcher.leaving.remove(member)
+            self.fill()
+        else:
+            self._loop.call_later(self._delay, self.fill)
+            self._delay = min(2 * self._delay, RESTART_MOST)
+        return leaving
+
+    def renew(self) -> None:
+        """See to those that are to leave: a successor at once, and the door once their last job has ended."""
+        if not self._dispatcher.leaving:
+            return
+        self.fill()
+        for member in self._dispatcher.leaving:
+            if not member.in_flight and member.index not in self._told:
+                self._told.add(member.index)
+                self._processes.retire(member)
+
+    def scale(self, now: float) -> None:
+        """Follow the work: grow as soon as a job waits for a slot, shrink when some were not needed for a
+        while.
+        """
+        if self._most == self._least:
+            return
+        dispatcher = self._dispatcher
+        busy = sum(bool(member.in_flight) for member in dispatcher.members.values())
+        self._busiest = max(self._busiest, busy + dispatcher.waiting)
+        if dispatcher.waiting and not dispatcher.free_slots and self._wanted < self._most:
+            self._resize(min(self._wanted + dispatcher.waiting, self._most))
+            self.fill()
+        if self._shrink_at is None or now >= self._shrink_at:
+            if self._shrink_at is not None:
+                self._shrink(max(self._busiest, self._least))
+            self._busiest, self._shrink_at = 0, now + SHRINK_AFTER
+
+    def dismiss(self) -> None:
+        """Fork no more."""
+        self._dismissed = True
+
+    def _shrink(self, wanted: int) -> None:
+        idle = [m for m in self._dispatcher.members.values() if not m.in_flight and not m.retiring]
+        for member in idle[: max(self._wanted - wanted, 0)]:
+            self._dispatcher.retire(member)
+            self._resize(self._wanted - 1)
+        self.renew()
+
+    def _resize(self, wanted: int) -> None:
+        if self._least < self._most:
+            log.info("crew_resized executors=%d", wanted)
+        self._wanted = self._dispatcher.slots = wanted
+        self._dispatcher.spare = self._most - wanted

@@ -1,0 +1,95 @@
+"""Bodies that run into their limits, grow, or end their processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from contextlib import suppress
+
+from tests_app import note
+
+from pgqueue import PgQueue, SoftTimeLimitExceeded, TaskContext, TimeLimitExceeded
+
+app = PgQueue("limits")
+_kept: list[bytearray] = []
+
+
+@app.task(bind=True, soft_time_limit=0.3)
+def sleeps(self: TaskContext) -> str:
+    try:
+        time.sleep(30)
+    except SoftTimeLimitExceeded as error:
+        return f"told: {error}"
+    return "slept"
+
+
+@app.task(bind=True)
+def naps(self: TaskContext, seconds: float) -> str:
+    note("start", self)
+    time.sleep(seconds)
+    return "rested"
+
+
+@app.task(soft_time_limit=0.3, time_limit=20)
+def ignores_exceptions() -> str:
+    while True:
+        with suppress(Exception):
+            time.sleep(0.01)
+
+
+@app.task(soft_time_limit=0.3, time_limit=20)
+def waits_for_a_lock() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+@app.task(soft_time_limit=0.3, time_limit=20)
+async def awaits() -> str:
+    import asyncio
+
+    try:
+        await asyncio.sleep(30)
+    except SoftTimeLimitExceeded:
+        return "told"
+    return "slept"
+
+
+@app.task(soft_time_limit=0.3, autoretry_for=SoftTimeLimitExceeded, max_retries=1, default_retry_delay=0)
+def named() -> None:
+    time.sleep(30)
+
+
+@app.task(bind=True, soft_time_limit=0.2, time_limit=0.7)
+def holds_the_interpreter(self: TaskContext) -> None:
+    note("start", self, pid=os.getpid())
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 1_000_000_000)
+    sum(range(10**12))
+
+
+@app.task(bind=True, time_limit=0.5)
+def swallows(self: TaskContext) -> None:
+    note("start", self)
+    while True:
+        with suppress(BaseException):
+            time.sleep(30)
+
+
+@app.task(bind=True, time_limit=0.5, autoretry_for=(TimeLimitExceeded,), max_retries=1, default_retry_delay=0)
+def tries_again(self: TaskContext) -> None:
+    note("start", self)
+    time.sleep(30)
+
+
+@app.task(bind=True)
+def says_its_pid(self: TaskContext, index: int) -> int:
+    note("start", self, index=index)
+    return os.getpid()
+
+
+@app.task
+def leaks(kilobytes: int) -> int:
+    _kept.append(bytearray(os.urandom(1024)) * kilobytes)
+    return os.getpid()
