@@ -184,6 +184,11 @@ class Task(Generic[P, R]):
         return self._app.default_limits[1] if limit is None else limit
 
     @property
+    def exclusive(self) -> bool:
+        """Its runs never overlap."""
+        return bool(self._options.get("exclusive"))
+
+    @property
     def history(self) -> bool:
         """Its jobs are remembered once they have succeeded."""
         return bool(self._options.get("history", True))

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
@@ -24,15 +25,20 @@ from pgqueue.worker.wire import (
     Board,
     Failed,
     Frames,
+    Job,
     Ready,
     Skipped,
     Tired,
+    clock,
     decode_jobs,
     frame,
 )
 
 if TYPE_CHECKING:
     from pgqueue.app import PgQueue
+
+
+UNPROVEN_PAUSE = 0.05
 
 
 class Executor:
@@ -46,6 +52,7 @@ class Executor:
         self._board = board
         self._most_memory = app.config.max_memory_per_child
         self._tired = False
+        self._tasks = app.tasks
 
     def serve(self) -> None:
         """Run jobs until the supervisor closes the channel."""
@@ -58,7 +65,7 @@ class Executor:
             for payload in frames.feed(data):
                 for job in decode_jobs(payload):
                     failpoint("job_received")
-                    starts = not self._tired and self._board.start(job.number)
+                    starts = not self._tired and self._may_start(job)
                     message = self._body.run(job) if starts else Skipped(job.number)
                     if os.getpid() != pid:
                         _leave(message)
@@ -68,6 +75,13 @@ class Executor:
                     self._channel.sendall(frame(message))
                     if self._most_memory is not None and not self._tired:
                         self._look_at_memory(self._most_memory)
+
+    def _may_start(self, job: Job) -> bool:
+        task = self._tasks.get(job.task)
+        if task is not None and task.exclusive and not self._board.claim_exclusive(job.number, clock()):
+            time.sleep(UNPROVEN_PAUSE)  # it comes back until the worker is heard of again, or has lost it
+            return False
+        return self._board.start(job.number)
 
     def _look_at_memory(self, most: int) -> None:
         """Between two jobs: say so, and start nothing more, if this process has grown too large."""

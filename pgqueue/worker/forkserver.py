@@ -23,7 +23,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
@@ -34,9 +34,11 @@ from pgqueue.errors import PgQueueError
 from pgqueue.task import Task
 from pgqueue.worker.executor import become_executor
 from pgqueue.worker.signals import stay_when_asked_to_stop
-from pgqueue.worker.wire import Exited, Forked, Loaded, LoadFailed, TaskFacts, frame
+from pgqueue.worker.wire import Board, Exited, Forked, Loaded, LoadFailed, TaskFacts, clock, frame
 
 _PR_SET_PDEATHSIG = 1
+LOOK_EVERY = 0.1
+"""Seconds between looks at exclusive jobs, where there are such tasks."""
 
 
 def die_with_parent(parent: int) -> None:
@@ -52,13 +54,21 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+@dataclass
+class _Child:
+    index: int
+    board: Board
+    unproven: bool = False
+
+
 class ForkServer:
     """Serves the requests of one supervisor until it closes the socket."""
 
     def __init__(self, app: PgQueue, control: socket.socket) -> None:
         self._app = app
         self._control = control
-        self._children: dict[int, int] = {}
+        self._children: dict[int, _Child] = {}
+        self._look_every = LOOK_EVERY if any(task.exclusive for task in app.tasks.values()) else None
 
     def serve(self) -> None:
         """Fork on request and report exits."""
@@ -71,13 +81,15 @@ class ForkServer:
             selector.register(wake_reader, selectors.EVENT_READ)
             inherited = (wake_reader, wake_writer, selector)
             while True:
-                for key, _ in selector.select():
+                for key, _ in selector.select(self._look_every if self._children else None):
                     if key.fileobj is wake_reader:
                         wake_reader.recv(4096)
                     elif not self._answer(inherited):
                         signal.set_wakeup_fd(-1)
                         return
                 self._reap()
+                if self._look_every is not None:
+                    self._kill_unproven()
 
     def _answer(self, inherited: Iterable[socket.socket | selectors.BaseSelector]) -> bool:
         """Fork one executor; False when the supervisor is gone.
@@ -112,17 +124,28 @@ class ForkServer:
                 each.close()
             become_executor(self._app, channel, descriptors[1])
         channel.close()
+        self._children[pid] = _Child(index, Board(descriptors[1]))
         os.close(descriptors[1])
-        self._children[pid] = index
         self._send(Forked(index, pid))
         return True
 
     def _reap(self) -> None:
-        for pid, index in list(self._children.items()):
+        for pid, child in list(self._children.items()):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 del self._children[pid]
-                self._send(Exited(index, pid, os.waitstatus_to_exitcode(status)))
+                child.board.close()
+                self._send(Exited(child.index, pid, os.waitstatus_to_exitcode(status), child.unproven))
+
+    def _kill_unproven(self) -> None:
+        """Kill whoever runs an exclusive job that others may take now: the supervisor is frozen, or cannot
+        reach the database.
+        """
+        now = clock()
+        for pid, child in self._children.items():
+            if not child.unproven and child.board.runs_too_long(now):
+                child.unproven = True
+                os.kill(pid, signal.SIGKILL)  # not waited for yet, so the pid is still its own
 
     def _send(self, message: msgspec.Struct) -> None:
         self._control.sendall(frame(message))

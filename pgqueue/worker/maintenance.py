@@ -36,6 +36,8 @@ from pgqueue.worker.wire import clock
 log = logging.getLogger("pgqueue.worker")
 
 MAX_RESCUES = 10
+EXCLUSIVE_MARGIN = 0.2
+"""Of a lease: exclusive jobs are killed so much earlier than others may take them."""
 RESCUE_BATCH = 100
 PROMOTE_BATCH = 500
 PROMOTE_INTERVAL = 0.1
@@ -99,6 +101,7 @@ class Maintenance:
         asleep: Whether the claimer knows of no work.
         wake: Jobs have become ready: look for them.
         health: What the heartbeat is to say of this worker beside its counts.
+        proven: Called with the time, on `clock()`, until when no other worker takes this one's jobs.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Maintenance:
         asleep: Callable[[], bool],
         wake: Callable[[], None],
         health: Callable[[], Mapping[str, object]] = dict,
+        proven: Callable[[float], None] = lambda _: None,
         random: Random,
     ) -> None:
         self._link = link
@@ -126,6 +130,7 @@ class Maintenance:
         self._asleep = asleep
         self._wake = wake
         self._health = health
+        self._proven = proven
         self._random = random
         self._event = asyncio.Event()
         self._watch = Watch(config.lease, patience=3 * config.heartbeat)
@@ -173,7 +178,9 @@ class Maintenance:
 
     async def register(self) -> None:
         """Put this worker on the list, before its first claim."""
+        now = clock()
         await self._link.run([self._registration(self._identity.id)])
+        self._prove(now)
         self.last_beat = clock()
         self._heartbeat.at = self.last_beat + self._config.heartbeat
 
@@ -243,12 +250,20 @@ class Maintenance:
         answers = await self._link.run([self._heartbeat_call()], [Call("list_heartbeats")])
         self._heartbeat.at = now + self._config.heartbeat
         self.last_beat = now
-        if not answers[0][0]:
+        if answers[0][0]:
+            self._prove(now)
+        else:
             await self._renew_identity()
         for worker, counter in self._watch.observe(answers[1][0], clock()):
             if await self._link.call("fence_worker", worker=worker, heartbeat=counter):
                 log.warning("worker_fenced id=%s heartbeat=%d", worker, counter)
         await self.rescue()
+
+    def _prove(self, sent: float) -> None:
+        """A heartbeat sent at that time has counted: others take our jobs a lease after they have seen it at
+        the earliest, which was later.
+        """
+        self._proven(sent + (1 - EXCLUSIVE_MARGIN) * self._config.lease)
 
     async def rescue(self) -> int:
         """Take back every running job whose worker is fenced or missing; returns how many."""
@@ -382,4 +397,6 @@ class Maintenance:
         new = self._identity.renew()
         self._dispatcher.drop_waiting(old)
         log.warning("worker_was_fenced id=%s new=%s", old, new)
+        now = clock()
         await self._link.run([self._registration(new)])
+        self._prove(now)

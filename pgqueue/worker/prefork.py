@@ -63,8 +63,8 @@ class Owner(Protocol):
     def on_message(self, member: Member, messages: list[FromExecutor]) -> None:
         """An executor said something."""
 
-    def on_exit(self, member: Member, how: str) -> None:
-        """An executor is gone; how it ended, in words."""
+    def on_exit(self, member: Member, how: str, *, unproven: bool) -> None:
+        """An executor is gone; how it ended, in words. `unproven`: see `Exited`."""
 
     def on_lost_fork_server(self) -> None:
         """The fork server is gone, and its children with it."""
@@ -90,6 +90,7 @@ class Prefork:
         self._server: subprocess.Popen[bytes] | None = None
         self._watch: int | None = None
         self._loaded: asyncio.Future[Loaded] | None = None
+        self.proven_until = 0.0
 
     async def start(self) -> Loaded:
         """Start the fork server; returns what it has to say about the application.
@@ -138,6 +139,7 @@ class Prefork:
             theirs.close()
             os.close(descriptor)
         ours.setblocking(False)
+        board.proven_until = self.proven_until
         line = _Line(Member(index, 0, board), ours)
         self._lines[index] = line
         self._loop.add_reader(ours, self._read, line)
@@ -171,6 +173,12 @@ class Prefork:
         if sent < len(data):
             line.unsent += data[sent:]
             self._loop.add_writer(line.channel, self._write, line)
+
+    def prove(self, until: float) -> None:
+        """Tell all executors until when nobody takes this worker's jobs."""
+        self.proven_until = until
+        for line in self._lines.values():
+            line.member.board.proven_until = until
 
     def retire(self, member: Member) -> None:
         """Let an executor without jobs leave."""
@@ -308,9 +316,9 @@ class Prefork:
         elif isinstance(message, Exited):
             line = self._lines.get(message.index)
             if line is not None:
-                self._exit(line, _how(message))
+                self._exit(line, _how(message), unproven=message.unproven)
 
-    def _exit(self, line: _Line, how: str) -> None:
+    def _exit(self, line: _Line, how: str, *, unproven: bool = False) -> None:
         with contextlib.suppress(
             OSError
         ):  # nothing more has arrived; a grandchild may hold the other end open
@@ -318,7 +326,7 @@ class Prefork:
                 self._hand_on(line, data)
         self._close(line)
         self._lines.pop(line.member.index, None)
-        self.owner.on_exit(line.member, how)
+        self.owner.on_exit(line.member, how, unproven=unproven)
         line.member.board.close()
 
     def _close(self, line: _Line) -> None:

@@ -127,6 +127,7 @@ class Supervisor:
             asleep=lambda: self._claimer.asleep,
             wake=lambda: self._claimer.wake(),
             health=lambda: self._health.published(),
+            proven=processes.prove,
             random=self._random,
         )
         self._claimer = Claimer(
@@ -352,10 +353,12 @@ class Supervisor:
         self._send_out()
         self._claimer.poke()
 
-    def on_exit(self, member: Member, how: str) -> None:
+    def on_exit(self, member: Member, how: str, *, unproven: bool) -> None:
         """An executor is gone: end its running job, put another in its place."""
         self._health.executor_gone(clock())
-        crashed = self._dispatcher.gone(member, how, by_us=self._killed)
+        crashed = self._dispatcher.gone(member, how, by_us=self._killed or unproven)
+        if unproven:
+            log.error("exclusive_job_killed job=%s pid=%d", crashed.id if crashed else None, member.pid)
         if crashed is not None and member.overdue:
             log.error(
                 "job_overdue job=%s task=%s attempt=%d limit=%g",
@@ -364,7 +367,7 @@ class Supervisor:
                 crashed.attempt,
                 self._dispatcher.time_limit(crashed) or 0.0,
             )
-        elif crashed is not None and not self._killed:
+        elif crashed is not None and not self._killed and not unproven:
             log.error(
                 "job_crashed job=%s task=%s attempt=%d how=%s", crashed.id, crashed.task, crashed.attempt, how
             )

@@ -3,11 +3,15 @@
 Frames are a four-byte length and MessagePack, over a socket pair. Job arguments pass through as the JSON text
 that the database sent; only the executor decodes them.
 
-The board is 32 bytes of shared memory per executor. The executor writes the number of the job it starts; the
+The board is 64 bytes of shared memory per executor. The executor writes the number of the job it starts; the
 supervisor reads it, so a crash costs only the job that was running and a stall is seen without asking. To
 take jobs back, the supervisor writes a range of numbers that must not start any more. Each side writes its
 own cell before it reads the other's: either the executor sees the range, or the supervisor sees that the job
 has started. Nobody has to answer, so jobs come back even from an executor that is stuck in C code.
+
+For tasks whose runs must never overlap the board also says until when the worker can prove that it is alive:
+the supervisor puts it forward with each heartbeat, and the fork server, which needs neither the database nor
+the supervisor for it, kills an executor that is still in such a job then.
 """
 
 from __future__ import annotations
@@ -156,11 +160,15 @@ class Forked(msgspec.Struct, array_like=True, tag="forked"):
 
 
 class Exited(msgspec.Struct, array_like=True, tag="exited"):
-    """Fork server to supervisor: an executor is gone; `status` as `os.waitstatus_to_exitcode` gives it."""
+    """Fork server to supervisor: an executor is gone; `status` as `os.waitstatus_to_exitcode` gives it.
+
+    `unproven`: it was killed in an exclusive job, when the worker could not prove any more that it is alive.
+    """
 
     index: int
     pid: int
     status: int
+    unproven: bool = False
 
 
 FromExecutor = Ready | Succeeded | Failed | Snoozed | Tired | Skipped
@@ -222,8 +230,8 @@ def decode_from_fork_server(payload: bytes) -> FromForkServer:
 class Board:
     """The memory an executor shares with its supervisor; see the module's text."""
 
-    SIZE = 32
-    _STARTED, _FROM, _UPTO = range(3)
+    SIZE = 64
+    _STARTED, _FROM, _UPTO, _EXCLUSIVE, _UNTIL = range(5)
 
     def __init__(self, descriptor: int) -> None:
         self._memory = mmap.mmap(descriptor, self.SIZE)
@@ -261,6 +269,26 @@ class Board:
         cells = self._cells
         cells[self._STARTED] = number
         return not cells[self._FROM] <= number < cells[self._UPTO]
+
+    def claim_exclusive(self, number: int, now: float) -> bool:
+        """Executor: job `number` must not run when others may take it; False if they may already."""
+        self._cells[self._EXCLUSIVE] = number
+        return now < self.proven_until
+
+    @property
+    def proven_until(self) -> float:
+        """On `clock()`: until then nobody takes this worker's jobs."""
+        return self._cells[self._UNTIL] / 1e9
+
+    @proven_until.setter
+    def proven_until(self, until: float) -> None:
+        self._cells[self._UNTIL] = int(until * 1e9)
+
+    def runs_too_long(self, now: float) -> bool:
+        """Fork server: others may take the exclusive job that is running here."""
+        cells = self._cells
+        exclusive = cells[self._EXCLUSIVE]
+        return 0 < exclusive == cells[self._STARTED] and now >= self.proven_until
 
     @property
     def started(self) -> int:

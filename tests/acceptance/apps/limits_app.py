@@ -93,3 +93,13 @@ def says_its_pid(self: TaskContext, index: int) -> int:
 def leaks(kilobytes: int) -> int:
     _kept.append(bytearray(os.urandom(1024)) * kilobytes)
     return os.getpid()
+
+
+@app.task(bind=True, exclusive=True)
+def alone(self: TaskContext, seconds: float) -> None:
+    note("start", self)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        note("still", self)
+        time.sleep(0.02)
+    note("end", self)
