@@ -311,7 +311,13 @@ class PgQueue:
             raise TypeError(
                 f"enqueue_many takes a list of calls made with task.s(...), got {shown(signatures)}"
             )
-        return [self._request_of(each) for each in signatures]
+        requests = [self._request_of(each) for each in signatures]
+        if wrong := next((each for each in requests if each.on_conflict != "return"), None):
+            raise ValueError(
+                f"enqueue_many takes on_conflict='return' only, got {wrong.on_conflict!r} for {wrong.task}; "
+                "enqueue such jobs one by one"
+            )
+        return requests
 
     def _request_of(self, signature: object) -> JobRequest:
         if not isinstance(signature, Signature):
@@ -340,6 +346,7 @@ class PgQueue:
             queue=route.queue or defaults.get("queue") or self.default_queue,
             priority=self.default_priority if priority is None else priority,
             expires=defaults.get("expires"),
+            unique_until=defaults.get("unique_until"),
             history=defaults.get("history", True),
         )
 

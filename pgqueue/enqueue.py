@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -35,9 +35,18 @@ from pgqueue.database.connection import (
     adrive,
     check_install,
     drive,
+    sqlstate_of,
 )
 from pgqueue.database.dsn import cut
-from pgqueue.errors import ConfigError, DatabaseError, EnqueueUncertain, shown
+from pgqueue.errors import (
+    ConfigError,
+    DatabaseError,
+    DuplicateJob,
+    EnqueueUncertain,
+    SchemaMismatch,
+    UniqueWaitTimeout,
+    shown,
+)
 from pgqueue.failpoints import armed, failpoint
 from pgqueue.job import OWN_HEADER, JobRequest, check_id, check_priority, check_queue, new_id
 from pgqueue.options import (
@@ -64,6 +73,12 @@ COPY_CHUNK: Final = 20_000
 """Jobs per COPY: bounds the memory for their text, and each costs a round trip."""
 
 REPEAT_FOR: Final = 3.0
+UNIQUE_WAIT: Final = "1s"
+REPLACE_ROUNDS: Final = 3
+"""Tries to change the job that has the key, or to be the one that has it; in between it may start or end."""
+
+LOCK_NOT_AVAILABLE: Final = "55P03"
+UNDEFINED_FUNCTION: Final = "42883"
 ASK_HOME_AGAIN: Final = 60.0
 _PAUSES: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """Seconds between repeats after a connection broke; a database that only restarts is back by then."""
@@ -165,11 +180,15 @@ def _headers(
 
 
 def insert_one(request: JobRequest, *, repeated: bool = False, flush: bool = False) -> Plan[str]:
-    """Enqueue one job; its id.
+    """Enqueue one job; its id, or that of the job that has its unique key.
 
     Args:
         repeated: It may be there already, or have ended.
         flush: If it is, see to it that COMMIT waits until that is safe, on disk and on synchronous standbys.
+
+    Raises:
+        DuplicateJob: Another job has the unique key, and the caller asked to be told.
+        UniqueWaitTimeout: An open transaction holds the unique key.
     """
     parameters = {
         "task": request.task,
@@ -189,11 +208,52 @@ def insert_one(request: JobRequest, *, repeated: bool = False, flush: bool = Fal
     }
 
     def plan(channel: Channel) -> Steps[str]:
+        if request.unique_key is not None:
+            return (yield from _insert_unique(request, {**parameters, "unique_key": request.unique_key}))
         rows = yield Statement("enqueue_job", parameters)
         job_id: str = rows[0][0]
         return job_id
 
     return plan
+
+
+def _insert_unique(request: JobRequest, parameters: Mapping[str, Any]) -> Steps[str]:
+    job_id = request.id
+    for _ in range(REPLACE_ROUNDS):
+        with _waiting_for_key(request.task, request.unique_key):
+            rows = yield Statement("enqueue_unique_job", parameters)
+        job_id = rows[0][0]
+        if job_id == request.id or request.on_conflict == "return":
+            break
+        if request.on_conflict == "raise":
+            raise DuplicateJob(
+                f"job {job_id} of {request.task} has the unique_key {shown(request.unique_key)}, nothing was "
+                "enqueued",
+                job_id=job_id,
+            )
+        with _waiting_for_key(request.task, request.unique_key):
+            rows = yield Statement("replace_job", {**parameters, "id": job_id})
+        if rows[0][0] != "gone":
+            break
+    return job_id
+
+
+@contextlib.contextmanager
+def _waiting_for_key(task: str, key: str | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        state = sqlstate_of(error)
+        if state == LOCK_NOT_AVAILABLE:
+            raise UniqueWaitTimeout(
+                f"another transaction, open for over a second, has enqueued {task} with the unique_key "
+                f"{'given' if key is None else shown(key)}; try again when it has ended"
+            ) from error
+        if state == UNDEFINED_FUNCTION and "replace_job" in str(error):
+            raise SchemaMismatch(
+                'on_conflict="replace" needs revision 0003 of the schema; run `pgqueue migrate`'
+            ) from error
+        raise
 
 
 def insert_many(
@@ -210,12 +270,19 @@ def insert_many(
         rows = yield Statement("read_clock", {"schema": channel.schema})
         now, may_copy = float(rows[0][0]), rows[0][1]
         new_ids = not repeated and not any(request.given_id for request in requests)
-        if new_ids and may_copy and channel.can_copy:
+        keyed = next((request for request in requests if request.unique_key is not None), None)
+        if new_ids and keyed is None and may_copy and channel.can_copy:
             return (yield from _copy_jobs(requests, now))
         ids: list[str] = []
+        before = ""
+        if keyed is not None:
+            before = (yield Statement("set_lock_timeout", {"timeout": UNIQUE_WAIT}))[0][0]
         for chunk in _chunks(requests, CHUNK):
             parameters = {"jobs": _jobs_json(chunk, now), "new_ids": new_ids}
-            ids += [row[0] for row in (yield Statement("enqueue_jobs", parameters))]
+            with contextlib.nullcontext() if keyed is None else _waiting_for_key(keyed.task, None):
+                ids += [row[0] for row in (yield Statement("enqueue_jobs", parameters))]
+        if keyed is not None:
+            yield Statement("set_lock_timeout", {"timeout": before})
         if flush and not new_ids:
             yield Statement("flush_log", {})
         return ids
@@ -302,6 +369,7 @@ def _job_json(request: JobRequest, now: float) -> str:
         "eta": None if eta is None else eta.isoformat(),
         "expires_at": None if expires_at is None else expires_at.isoformat(),
         "max_retries": request.max_retries,
+        "unique_key": request.unique_key,
     }
     head = json.dumps(fields, ensure_ascii=False)[:-1]
     return f'{head}, "args": {request.args}, "kwargs": {request.kwargs}, "headers": {request.headers}}}'
@@ -368,6 +436,9 @@ def until_settled(
                     job_id=job_id,
                 ) from error
             lost = error
+        except UniqueWaitTimeout:
+            if lost is None:  # else it may be the attempt before that holds the key
+                raise
         except NotReplicated as error:
             # Not repeated: the row is there, so a repeat would have nothing to wait for, or wait for ever.
             raise EnqueueUncertain(
@@ -457,7 +528,7 @@ class Client:
     def _one(self, request: JobRequest) -> Generator[Attempt | Pause, Any, str]:
         return until_settled(
             lambda repeated: insert_one(request, repeated=repeated, flush=repeated or request.given_id),
-            atomic=request.given_id,
+            atomic=request.given_id or request.on_conflict == "replace",
             job_id=request.id,
             history=request.history,
         )

@@ -334,6 +334,8 @@ class Task(Generic[P, R]):
             queue=self.queue,
             priority=self.priority,
             expires=self.expires,
+            unique_until=self._options.get("unique_until"),
+            limits=(self.soft_time_limit, self.time_limit),
             history=self.history,
         )
 

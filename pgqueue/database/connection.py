@@ -129,6 +129,16 @@ async def adrive(steps: Generator[Any, Any, T], perform: Callable[[Any], Awaitab
         return value
 
 
+def sqlstate_of(error: BaseException) -> str | None:
+    """The server's code for an error, whichever driver or wrapper of one it went through; None for others."""
+    for each in (error, getattr(error, "orig", None), error.__cause__):
+        for name in ("sqlstate", "pgcode"):
+            state = getattr(each, name, None)
+            if isinstance(state, str):
+                return state
+    return None
+
+
 class SyncCaller:
     """A caller's sync connection, recognised but not yet touched."""
 

@@ -26,7 +26,15 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_ses
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 import pgqueue.enqueue
-from pgqueue import NotInTransaction, PgQueue, Task, UnsupportedConnection, WrongDatabase
+from pgqueue import (
+    DuplicateJob,
+    NotInTransaction,
+    PgQueue,
+    Task,
+    UniqueWaitTimeout,
+    UnsupportedConnection,
+    WrongDatabase,
+)
 from pgqueue.database.migrate import upgrade
 
 NAMES = (
@@ -878,3 +886,62 @@ def test_django_on_psycopg2(db: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "psycopg2.extensions"
     assert committed(db, "args->0") == [1, 2]
+
+
+class TestUniqueKeys:
+    def test_the_second_is_the_first(self, handle: Handle, note: Any, db: str) -> None:
+        first = handle.apply_async(note, (1,), unique_key="a")
+        assert handle.apply_async(note, (2,), unique_key="a") == first
+        other = handle.apply_async(note, (3,), unique_key="b")
+        handle.commit()
+        assert committed(db, "id::text, args->0, unique_key") == [(first, 1, "a"), (other, 3, "b")]
+
+    def test_asked_to_raise_it_does_and_the_transaction_goes_on(
+        self, handle: Handle, note: Any, db: str
+    ) -> None:
+        first = handle.apply_async(note, (1,), unique_key="a", on_conflict="raise")
+        with pytest.raises(DuplicateJob, match=f"job {first} of tests.note has the unique_key 'a'") as caught:
+            handle.apply_async(note, (2,), unique_key="a", on_conflict="raise")
+        assert caught.value.job_id == first
+        last = handle.delay(note, 3)
+        handle.commit()
+        assert committed(db) == [first, last]
+
+    def test_a_waiting_one_is_replaced(self, handle: Handle, note: Any, db: str) -> None:
+        first = handle.apply_async(note, (1,), unique_key="a", countdown=3600, headers={"x": 1})
+        again = handle.apply_async(
+            note, (2,), unique_key="a", on_conflict="replace", priority=9, max_retries=7, queue="high"
+        )
+        handle.commit()
+        assert again == first
+        columns = "id::text, args->0, state, priority, max_retries, queue, eta, headers::text"
+        assert committed(db, columns) == [(first, 2, "ready", 9, 7, "high", None, "{}")]
+
+    def test_the_lock_timeout_is_what_it_was(self, handle: Handle, note: Any, db: str) -> None:
+        handle.sql("select set_config('lock_timeout', '7s', true)")
+        for on_conflict in ("return", "replace"):
+            handle.apply_async(note, (1,), unique_key="a", on_conflict=on_conflict)
+            assert handle.sql("select current_setting('lock_timeout')")[0][0] == "7s"
+        handle.rollback()
+
+    def test_it_waits_a_second_for_an_open_transaction(self, handle: Handle, note: Any, db: str) -> None:
+        with psycopg.connect(db) as holder:
+            note.apply_async((1,), unique_key="a", connection=holder)
+            with pytest.raises(UniqueWaitTimeout, match="open for over a second, has enqueued"):
+                handle.apply_async(note, (2,), unique_key="a")
+            handle.rollback()
+            holder.rollback()
+        second = handle.apply_async(note, (2,), unique_key="a")
+        handle.commit()
+        assert committed(db) == [second]
+
+    def test_in_bulk(self, handle: Handle, app: PgQueue, note: Any, db: str) -> None:
+        first = handle.apply_async(note, (1,), unique_key="a")
+        calls = [note.s(2).set(unique_key="b"), note.s(3).set(unique_key="a"), note.s(4)]
+        ids = handle.many(app, [*calls, note.s(5).set(unique_key="b")])
+        assert (ids[1], ids[3], len(set(ids))) == (first, ids[0], 3)
+        handle.commit()
+        assert set(committed(db, "args->0")) == {1, 2, 4}
+        with pytest.raises(ValueError, match="enqueue_many takes on_conflict='return' only, got 'replace'"):
+            handle.many(app, [note.s(1).set(unique_key="a", on_conflict="replace")])
+        handle.rollback()

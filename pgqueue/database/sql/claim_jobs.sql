@@ -2,6 +2,7 @@
 -- Locks: exactly the rows it returns, in lane order; rows that others hold are skipped, so claims never wait.
 -- Index: jobs_ready per lane, jobs_pkey for the update. `= ANY (ARRAY(…))` instead of a join: on a bloated table with few
 -- live rows the planner turns a join into a full scan. No ORDER BY outside: it would lock one row more than it returns.
+-- A job that is unique until its start gives its key up.
 -- A fenced or missing worker gets nothing. `least`: one row that was written with an absurd attempt must not fail the
 -- claim of its whole lane. Args are printed up to 8 kB a value, so 500 jobs stay under 8 MiB; NULL means
 -- fetch them with load_payload. `bare`: print none, when what takes a few bytes as stored would be a gigabyte (1e131071). Always one row; xmin is of the snapshot that looked. xmax: every transaction that had an id
@@ -9,7 +10,9 @@
 -- and a writer that began later but took earlier positions may still be open above it.
 WITH taken AS (
     UPDATE {schema}.jobs
-    SET state = 'running', attempt = least(attempt + 1, 1000000000), worker_id = %(worker)s::text, claimed_at = now()
+    SET state = 'running', attempt = least(attempt + 1, 1000000000), worker_id = %(worker)s::text, claimed_at = now(),
+        unique_key = CASE WHEN unique_key IS NOT NULL AND headers #>> '{pgqueue,unique_until}' = 'start' THEN NULL
+                          ELSE unique_key END
     WHERE id = ANY (ARRAY(
         SELECT found.id
         FROM unnest(%(queues)s::text[], %(priorities)s::smallint[], %(after)s::bigint[], %(upto)s::bigint[],
