@@ -30,7 +30,7 @@ import msgspec
 
 from pgqueue.app import PgQueue, load_app
 from pgqueue.config import LOG_FORMAT
-from pgqueue.errors import PgQueueError
+from pgqueue.errors import ConfigError, PgQueueError
 from pgqueue.task import Task
 from pgqueue.worker.executor import become_executor
 from pgqueue.worker.signals import stay_when_asked_to_stop
@@ -171,9 +171,15 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
     stay_when_asked_to_stop()  # the terminal's Ctrl-C goes to the whole group
     os.set_inheritable(descriptor, False)  # who else holds it would hide our death from the supervisor
     control = socket.socket(fileno=descriptor)
+    misfit = False
     try:
         app = load_app(target)
-        app.configure(**json.loads(overrides))
+        in_use = "config" in vars(app)
+        try:
+            app.configure(**json.loads(overrides))
+        except ConfigError:
+            misfit = not in_use  # a used application refuses any settings: that is its own mistake
+            raise
         app.import_tasks()
         stay_when_asked_to_stop()  # whatever the application has made of these signals
         facts = {name: _facts(task) for name, task in app.tasks.items()}
@@ -183,7 +189,7 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
     except BaseException as error:
         known = isinstance(error, PgQueueError)  # it says by itself what is wrong, and where
         message = str(error) if known else f"{type(error).__name__}: {error}"
-        control.sendall(frame(LoadFailed(message, "" if known else traceback.format_exc())))
+        control.sendall(frame(LoadFailed(message, "" if known else traceback.format_exc(), misfit)))
         return
     if threading.active_count() > 1:
         names = ", ".join(thread.name for thread in threading.enumerate()[1:])

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from pgqueue.errors import AppNotLoaded
+from pgqueue.errors import AppNotLoaded, ConfigError, PgQueueError
 from pgqueue.worker.dispatcher import Member
 from pgqueue.worker.wire import (
     MAX_FRAME,
@@ -97,6 +97,7 @@ class Prefork:
 
         Raises:
             AppNotLoaded: The application cannot be imported.
+            ConfigError: It can, but the overrides do not fit its own settings.
         """
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -304,11 +305,7 @@ class Prefork:
                 self._loaded.set_result(message)
         elif isinstance(message, LoadFailed):
             if self._loaded is not None and not self._loaded.done():
-                self._loaded.set_exception(
-                    AppNotLoaded(
-                        f"cannot load {self._target}: {message.message}\n{message.traceback}".rstrip()
-                    )
-                )
+                self._loaded.set_exception(_why_not_loaded(self._target, message))
         elif isinstance(message, Forked):
             line = self._lines.get(message.index)
             if line is not None:
@@ -343,6 +340,12 @@ class Prefork:
         if watch is not None:
             self._loop.remove_reader(watch)
             os.close(watch)
+
+
+def _why_not_loaded(target: str, failed: LoadFailed) -> PgQueueError:
+    if failed.settings:
+        return ConfigError(failed.message)
+    return AppNotLoaded(f"cannot load {target}: {failed.message}\n{failed.traceback}".rstrip())
 
 
 def _without_payload(job: Job, size: int) -> Job:

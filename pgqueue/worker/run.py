@@ -45,6 +45,7 @@ def run_worker(
 
     Raises:
         AppNotLoaded: The application cannot be imported.
+        ConfigError: It can, but the flags do not fit its own settings.
         PgQueueError: The worker could not start; the message says why.
     """
     overrides = {name: value for name, value in flags.items() if value is not None}

@@ -146,10 +146,14 @@ class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
 
 
 class LoadFailed(msgspec.Struct, array_like=True, tag="load_failed"):
-    """Fork server to supervisor: the application could not be imported."""
+    """Fork server to supervisor: the application could not be imported.
+
+    `settings`: it could, but what the worker was given beside it does not fit.
+    """
 
     message: str
     traceback: str
+    settings: bool = False
 
 
 class Forked(msgspec.Struct, array_like=True, tag="forked"):

@@ -330,7 +330,7 @@ LINES: tuple[Line, ...] = (
     Line(("worker", "-A", "shop:app"), names="-A"),
     Line(("inspect", "queues", "dead", "list")),
     Line(("-A", "shop:app", "worker", "--heartbeat", "10", "--lease", "20"), 2, names="20"),
-    Line(("-A", "shop:app", "worker", "--heartbeat", "11"), 6, names="11", own_process=True),
+    Line(("-A", "shop:app", "worker", "--heartbeat", "11"), 2, names="11", own_process=True),
     # No database named.
     *(Line(each, environment={"PGQUEUE_DSN": ""}, names="--dsn", topic=DATABASES) for each in
       (("migrate",), READ, ("dead", "show", JOB), ("dead", "requeue", "--all"), ("inspect", "queues"),
