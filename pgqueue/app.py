@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, TypeVar, Unpac
 from pgqueue.codec import encode_plain
 from pgqueue.config import Config
 from pgqueue.database.connection import recognise_async, recognise_sync
+from pgqueue.discovery import task_modules
 from pgqueue.enqueue import Client, build_request
-from pgqueue.errors import ConfigError, DuplicateTask, UnknownTask, shown
+from pgqueue.errors import AppNotLoaded, ConfigError, DuplicateTask, PgQueueError, UnknownTask, shown
 from pgqueue.job import JobRequest, check_id, check_priority, check_queue, check_task_name
 from pgqueue.options import (
     TASK_DEFAULTS,
@@ -65,7 +66,8 @@ class PgQueue:
     """An application's tasks and its queue. Making one does no I/O.
 
     Args:
-        name: For people; also the module part of names of tasks defined in an interactive session.
+        name: For people; what installed distributions offer task modules under (see `import_tasks`); and the
+            module part of names of tasks defined in an interactive session.
         dsn: The queue's database, a URL or `key=value` pairs; None for $PGQUEUE_DSN. A process that enqueues
             only through `.on(connection)` needs none.
         schema: The Postgres schema that holds the queue.
@@ -178,9 +180,28 @@ class PgQueue:
             ) from None
 
     def import_tasks(self) -> None:
-        """Import the modules named in `imports`."""
-        for module in self._imports:
-            importlib.import_module(module)
+        """Import the modules that define tasks, as workers do.
+
+        They are those of `imports`, and those that installed distributions offer this application, as entry
+        points of the group `pgqueue.tasks` with its name.
+
+        Raises:
+            AppNotLoaded: Modules do not exist or cannot be imported; the message has all of them, and why.
+        """
+        offered = [(module, f"offered by {by}") for module, by in task_modules(self.name)]
+        failed: list[tuple[str, BaseException]] = []
+        for module, whose in [*((module, "in imports=") for module in self._imports), *offered]:
+            try:
+                importlib.import_module(module)
+            except (Exception, SystemExit) as error:
+                failed.append((f"{shown(module)} ({whose})", error))
+        if failed:
+            causes = "; ".join(f"{where}: {_cause(error)}" for where, error in failed)
+            many = "the task module " if len(failed) == 1 else f"{len(failed)} task modules: "
+            traces = "".join(
+                f"\n{_traceback(error)}" for _, error in failed if not isinstance(error, PgQueueError)
+            )
+            raise AppNotLoaded(f"cannot import {many}{causes}{traces}") from failed[0][1]
 
     def _register(self, function: object, options: dict[str, Any]) -> Task[..., Any]:
         if not callable(function) or isinstance(function, (type, Task)):
@@ -194,7 +215,7 @@ class PgQueue:
         if known is not None and not _is_same_function(known.function, function):
             raise DuplicateTask(
                 f"two functions are the task {name!r}: {_place(known.function)} and {_place(function)}; "
-                "give one another name="
+                f"{_way_out(known.function, function)}"
             )
         kind = AsyncTask if _is_async(function) else Task
         own = {key: value for key, value in options.items() if key not in ("name", "bind")}
@@ -431,6 +452,31 @@ def _place(function: Any) -> str:
     code = getattr(function, "__code__", None)
     where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     return f"{function.__module__}.{getattr(function, '__qualname__', '?')}{where}"
+
+
+def _way_out(old: Any, new: Any) -> str:
+    """What to do about two functions with one name."""
+    if old.__module__ != new.__module__ and hasattr(old, "__code__") and hasattr(new, "__code__"):
+        first, second = (
+            (os.path.realpath(each.__code__.co_filename), each.__code__.co_firstlineno) for each in (old, new)
+        )
+        if first == second:
+            return (
+                f"it is one file, imported as {old.__module__} and as {new.__module__}: import it under one "
+                "name everywhere, also in -A and imports="
+            )
+    return "give one another name="
+
+
+def _cause(error: BaseException) -> str:
+    text = str(error) if isinstance(error, PgQueueError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
+
+
+def _traceback(error: BaseException) -> str:
+    import traceback
+
+    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def load_app(target: str) -> PgQueue:

@@ -28,24 +28,38 @@ class Context:
     schema: str | None
 
     @cached_property
+    def application(self) -> str | None:
+        """Which application to load, as module:attribute: what -A says, else the only one installed.
+
+        Raises:
+            ConfigError: Several are installed.
+        """
+        from pgqueue.discovery import find_target
+
+        return find_target(self.target)
+
+    @cached_property
     def app(self) -> PgQueue | None:
-        """The application, imported with its tasks; None when -A was not given."""
-        if self.target is None:
+        """The application, imported with its tasks; None when -A was not given and a database was."""
+        if self.target is None and (self.dsn or os.environ.get("PGQUEUE_DSN")):
+            return None  # it can do without: what happens to be installed need not even be importable
+        target = self.application
+        if target is None:
             return None
         from pgqueue.app import load_app
 
         try:
             with contextlib.redirect_stdout(sys.stderr):  # what it prints is not what the command answers
-                app = load_app(self.target)
+                app = load_app(target)
                 app.configure(dsn=self.dsn, schema=self.schema)
                 app.import_tasks()
+        except AppNotLoaded as error:
+            raise AppNotLoaded(f"cannot load {target}: {error}") from error
         except PgQueueError:
             raise  # it says by itself what is wrong, and where
         except (Exception, SystemExit) as error:
             where = traceback.format_exc().rstrip()
-            raise AppNotLoaded(
-                f"cannot load {self.target}: {type(error).__name__}: {error}\n{where}"
-            ) from error
+            raise AppNotLoaded(f"cannot load {target}: {type(error).__name__}: {error}\n{where}") from error
         return app
 
     @cached_property

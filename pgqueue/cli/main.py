@@ -14,6 +14,7 @@ from pgqueue.cli.context import Context
 from pgqueue.cli.status import SUMMARY, ExitStatus, ignore_stop_signals, status_of
 from pgqueue.errors import PgQueueError
 
+_WHICH = "The application: module:attribute, or an installed one's name.  [default: the only one installed]"
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _COMMANDS = {
@@ -54,7 +55,7 @@ Examples:
 
 {SUMMARY}""",
 )
-@click.option("-A", "--app", "target", envvar="PGQUEUE_APP", help="The application, as module:attribute.")
+@click.option("-A", "--app", "target", envvar="PGQUEUE_APP", help=_WHICH)
 @click.option("--dsn", help="Where the database is.  [default: the application's, else $PGQUEUE_DSN]")
 @click.option("--schema", help="The schema that holds the queue.  [default: pgqueue]")
 @click.version_option(__version__, prog_name="pgqueue")

@@ -138,7 +138,8 @@ def worker(
     health_host: str | None,
 ) -> int:
     """Run jobs."""
-    if context.target is None:
+    target = context.application
+    if target is None:
         raise click.UsageError("a worker needs an application: pgqueue -A module:attribute worker")
     if concurrency is not None and autoscale is not None:
         raise click.UsageError("-c and --autoscale exclude each other: give one of them")
@@ -179,5 +180,5 @@ def worker(
     with leaving_when_asked():
         from pgqueue.worker.run import run_worker
 
-        finished = run_worker(context.target, version=__version__, flags=flags, queues=names, weights=weights)
+        finished = run_worker(target, version=__version__, flags=flags, queues=names, weights=weights)
     return ExitStatus.DONE if finished else ExitStatus.INTERRUPTED

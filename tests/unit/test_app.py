@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 import pgqueue
-from pgqueue import ConfigError, DuplicateTask, PgQueue, Signature, UnknownTask
+from pgqueue import AppNotLoaded, ConfigError, DuplicateTask, PgQueue, Signature, UnknownTask
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ def test_imports_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "imported_tasks" not in sys.modules
     app.import_tasks()
     assert sys.modules["imported_tasks"].seen
-    with pytest.raises(ModuleNotFoundError, match="no_such_tasks"):
+    with pytest.raises(AppNotLoaded, match="no_such_tasks"):
         PgQueue("tests", imports=("no_such_tasks",)).import_tasks()
 
 
