@@ -97,6 +97,7 @@ class Supervisor:
         self._config = config
         self._version = version
         self._everything = not queues
+        self._behind = list(queues[1:]) if weights is None else []
         self._random = random or Random()
         self._lanes = Lanes(queues, weights if queues else {}, self._random)
         self._identity = Identity()
@@ -176,6 +177,10 @@ class Supervisor:
                 config.executors[0],
                 len(self._dispatcher.tasks),
             )
+            if self._behind:
+                log.info(
+                    "queues_may_starve queues=%s behind=%s", ",".join(self._behind), self._lanes.queues[0]
+                )
             listener = Listener(
                 config.listen_dsn or self._dsn,
                 config.schema,
