@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 
 import click
 
@@ -116,6 +117,7 @@ later or more) or SIGQUIT does not wait."""
     help="Answer GET /live and /ready here; 0 for a free port, which is logged.  [default: off]",
 )
 @click.option("--health-host", metavar="ADDRESS", help="Where that listens.  [default: 127.0.0.1]")
+@click.option("--reload", is_flag=True, help="For development: start anew when a Python file changes.")
 @click.pass_obj
 def worker(
     context: Context,
@@ -136,6 +138,7 @@ def worker(
     max_crashes: int | None,
     health_port: int | None,
     health_host: str | None,
+    reload: bool,
 ) -> int:
     """Run jobs."""
     target = context.application
@@ -177,6 +180,10 @@ def worker(
     logging.basicConfig(level=(loglevel or "INFO").upper(), format=LOG_FORMAT)
     # It warns of each lost connection, which we have reported already.
     logging.getLogger("psycopg").setLevel(logging.ERROR)
+    if reload:
+        from pgqueue.cli.reload import run_reloading, worker_command
+
+        return run_reloading(target, worker_command(sys.argv[1:]))
     with leaving_when_asked():
         from pgqueue.worker.run import run_worker
 
