@@ -38,8 +38,7 @@ SHOWN: Final = 3
 def worker_command(arguments: Sequence[str]) -> list[str]:
     """The command of the worker itself, made from the arguments of ours."""
     own = [each for each in arguments if each != "--reload"]
-    # -B: compiled code is told from newer by the second and the size, which two quick changes may share.
-    return [sys.executable, "-B", "-m", "pgqueue.cli.main", *own]
+    return [sys.executable, "-m", "pgqueue.cli.main", *own]
 
 
 def watched_folders(target: str) -> list[Path]:
@@ -119,7 +118,9 @@ class Child:
             return
         self._told = False
         die_with_us = partial(die_with_parent, os.getpid())
-        self._process = subprocess.Popen(self._command, preexec_fn=die_with_us)
+        # Compiled code is told from newer by the second and the size, which two quick changes may share.
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        self._process = subprocess.Popen(self._command, env=environment, preexec_fn=die_with_us)
         for number in self._asked:  # while there was none yet to hear it
             self._process.send_signal(number)
 

@@ -49,7 +49,8 @@ def workers(db: str, tmp_path: Path, source: Path) -> Iterator[Workers]:
 
 
 def start(workers: Workers, *, ready: bool = True) -> Worker:
-    return workers.start("--reload", "-c", "1", app="reloaded_app:app", ready=ready)
+    env = {"PYTHONDONTWRITEBYTECODE": None}
+    return workers.start("--reload", "-c", "1", app="reloaded_app:app", ready=ready, env=env)
 
 
 def starts(worker: Worker, count: int) -> None:
@@ -65,6 +66,8 @@ def test_a_changed_task_runs(jobs: Jobs, workers: Workers, source: Path) -> None
     assert jobs.finished(jobs.add("reloaded_app.version"))["result"] == 2
     assert "worker_reloading changed=reloaded_app.py" in worker.log
     assert worker.log.count("worker_stopped") == 1
+    # Compiled code could pass for that of the change after it.
+    assert not (source.parent / "__pycache__").exists()
 
 
 def test_a_change_waits_for_the_job_that_runs(jobs: Jobs, workers: Workers, source: Path, gate: Gate) -> None:
