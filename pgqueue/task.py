@@ -27,7 +27,7 @@ from pgqueue.database.connection import AsyncCaller, SyncCaller, recognise, reco
 from pgqueue.enqueue import Client, build_request
 from pgqueue.job import JobRequest, new_id
 from pgqueue.options import JobOptions, check_arguments, check_option_names, retry_options
-from pgqueue.result import AsyncResult, current_request
+from pgqueue.result import AsyncResult
 from pgqueue.retry import RetryPolicy
 
 P = ParamSpec("P")
@@ -237,18 +237,11 @@ class Task(Generic[P, R]):
         return cast(R, self.function(TaskContext(self, request), *args, **kwargs))
 
     def run(self, request: Request, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run the function for a job; what it returns, or whatever it raises."""
-        token = current_request.set(request)
-        try:
-            context = (TaskContext(self, request),) if self.bound else ()
-            result = self.function(*context, *args, **kwargs)
-            if self.is_async:
-                import asyncio
-
-                return asyncio.run(result)
-            return result
-        finally:
-            current_request.reset(token)
+        """Run the function for a job; what it returns, a coroutine if it is `async def`, or whatever it
+        raises.
+        """
+        context = (TaskContext(self, request),) if self.bound else ()
+        return self.function(*context, *args, **kwargs)
 
     def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]:
         """Enqueue a job with these arguments, on a connection of our own, which commits."""

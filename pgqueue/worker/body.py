@@ -5,12 +5,17 @@ Knows nothing of processes and channels: it takes a `Job` and returns the messag
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+import logging
 import sys
 import traceback
+from collections.abc import Coroutine
 from contextlib import suppress
+from contextvars import copy_context
 from datetime import UTC, datetime
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -19,9 +24,10 @@ from pgqueue.context import Request
 from pgqueue.errors import PayloadError, Retry, SoftTimeLimitExceeded, UnknownTask
 from pgqueue.failpoints import failpoint
 from pgqueue.job import OWN_HEADER
+from pgqueue.result import current_request
 from pgqueue.retry import Again
 from pgqueue.shapes import class_name
-from pgqueue.worker.interrupts import Alarm
+from pgqueue.worker.interrupts import Alarm, limited
 from pgqueue.worker.tracebacks import describe
 from pgqueue.worker.wire import Failed, Job, Snoozed, Succeeded, clock
 
@@ -29,6 +35,10 @@ if TYPE_CHECKING:
     from pgqueue.app import PgQueue
     from pgqueue.job import DeadReason
     from pgqueue.task import Task
+
+log = logging.getLogger("pgqueue.worker")
+
+T = TypeVar("T")
 
 COUNT_LIMIT = 1_000_000_000
 """Retries that the table can count."""
@@ -42,6 +52,7 @@ class Body:
     def __init__(self, app: PgQueue, alarm: Alarm) -> None:
         self._app = app
         self._alarm = alarm
+        self._runner: asyncio.Runner | None = None
         self._random = Random()
         self._recursion_limit = sys.getrecursionlimit()
 
@@ -65,12 +76,7 @@ class Body:
             request = _request(job, args, kwargs, headers)
             soft = own.get("soft_time_limit", task.soft_time_limit)
             try:
-                if soft:
-                    why = f"it ran longer than its soft_time_limit of {soft:g} s"
-                    with self._alarm.set(soft, SoftTimeLimitExceeded(why)):
-                        value = task.run(request, args, kwargs)
-                else:
-                    value = task.run(request, args, kwargs)
+                value = self._call(task, request, soft)
             finally:
                 if sys.getrecursionlimit() < self._recursion_limit:  # what comes now must not be cut short
                     sys.setrecursionlimit(self._recursion_limit)
@@ -90,6 +96,42 @@ class Body:
             return Succeeded(job.number, started, finished)
         result, result_error = encode_result(value)
         return Succeeded(job.number, started, finished, result, result_error)
+
+    def _call(self, task: Task[Any, Any], request: Request, soft: float | None) -> Any:
+        """Run the function, and what it returns if that is a coroutine; told to end after `soft` seconds."""
+        told = SoftTimeLimitExceeded(f"it ran longer than its soft_time_limit of {soft or 0:g} s")
+        token = current_request.set(request)
+        try:
+            if soft and not task.is_async:
+                with self._alarm.set(soft, told):
+                    value = task.run(request, request.args, request.kwargs)
+            else:
+                value = task.run(request, request.args, request.kwargs)
+            if not inspect.iscoroutine(value):
+                return value
+            return self._await(limited(value, soft, told) if soft else value, request)
+        finally:
+            current_request.reset(token)
+
+    def _await(self, coroutine: Coroutine[Any, Any, T], request: Request) -> T:
+        """Run it on this process's event loop, which lives across jobs, and with it the pools of the
+        application.
+        """
+        if self._runner is None or self._runner.get_loop().is_closed():
+            self._runner = asyncio.Runner()
+        loop = self._runner.get_loop()
+        before = asyncio.all_tasks(loop)
+        try:
+            return self._runner.run(coroutine, context=copy_context())
+        finally:
+            if left := asyncio.all_tasks(loop) - before:
+                log.warning(
+                    "tasks_left job=%s task=%s count=%d first=%s",
+                    request.id,
+                    request.task,
+                    len(left),
+                    next(iter(left)).get_name(),
+                )
 
     def _failed(
         self, job: Job, started: float, error: BaseException, task: Task[Any, Any] | None

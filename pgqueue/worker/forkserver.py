@@ -57,7 +57,7 @@ def die_with_parent(parent: int) -> None:
 @dataclass
 class _Child:
     index: int
-    board: Board
+    board: Board | None
     unproven: bool = False
 
 
@@ -105,6 +105,10 @@ class ForkServer:
         channel = socket.socket(fileno=descriptors[0])
         index = int.from_bytes(request, "big")
         server = os.getpid()
+        # Before the fork: the child seals it, and then nobody else can map it.
+        board = Board(descriptors[1]) if self._look_every is not None else None
+        if board is not None:
+            board.keep_from_children()
         try:
             with warnings.catch_warnings():
                 # Of threads that the application started; main() has said it once, in our own words.
@@ -112,6 +116,8 @@ class ForkServer:
                 pid = os.fork()
         except OSError:  # too many processes: no reason to take the other executors down
             traceback.print_exc()
+            if board is not None:
+                board.close()
             channel.close()
             os.close(descriptors[1])
             self._send(Exited(index, 0, os.EX_OSERR))
@@ -124,7 +130,7 @@ class ForkServer:
                 each.close()
             become_executor(self._app, channel, descriptors[1])
         channel.close()
-        self._children[pid] = _Child(index, Board(descriptors[1]))
+        self._children[pid] = _Child(index, board)
         os.close(descriptors[1])
         self._send(Forked(index, pid))
         return True
@@ -134,7 +140,8 @@ class ForkServer:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 del self._children[pid]
-                child.board.close()
+                if child.board is not None:
+                    child.board.close()
                 self._send(Exited(child.index, pid, os.waitstatus_to_exitcode(status), child.unproven))
 
     def _kill_unproven(self) -> None:
@@ -143,7 +150,7 @@ class ForkServer:
         """
         now = clock()
         for pid, child in self._children.items():
-            if not child.unproven and child.board.runs_too_long(now):
+            if not child.unproven and child.board is not None and child.board.runs_too_long(now):
                 child.unproven = True
                 os.kill(pid, signal.SIGKILL)  # not waited for yet, so the pid is still its own
 

@@ -263,6 +263,11 @@ class Board:
             with contextlib.suppress(OSError):  # before Linux 5.1
                 fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
 
+    def keep_from_children(self) -> None:
+        """Executors forked from here on have no business with this one's board."""
+        if hasattr(mmap, "MADV_DONTFORK"):
+            self._memory.madvise(mmap.MADV_DONTFORK)
+
     def close(self) -> None:
         """Unmap it."""
         self._cells.release()

@@ -13,7 +13,6 @@ import pytest
 
 from pgqueue import ConfigError, PayloadError, PgQueue, Request, Retry, Signature, Task, TaskContext
 from pgqueue.job import JobRequest, new_id
-from pgqueue.result import current_request
 
 NOON = datetime(2030, 6, 1, 12, tzinfo=timezone(timedelta(hours=9)))
 
@@ -76,30 +75,6 @@ class TestRun:
 
         request = Request(id=new_id(), task=look.name, retries=2, attempt=3, worker="w")
         assert look.run(request, [1], {"text": "x"}) == (request, 1, "x")
-
-    def test_the_request_is_current_while_it_runs(self, app: PgQueue) -> None:
-        seen = []
-
-        @app.task
-        def look() -> None:
-            seen.append(current_request.get())
-            raise ValueError("boom")
-
-        request = Request(id=new_id(), task=look.name)
-        with pytest.raises(ValueError, match="boom"):
-            look.run(request, [], {})
-        with pytest.raises(ValueError, match="boom"):
-            look()
-        assert seen == [request, None]
-
-    def test_it_runs_coroutines_to_their_end(self, app: PgQueue) -> None:
-        @app.task(bind=True)
-        async def look(self: TaskContext) -> tuple[str, Any]:
-            await asyncio.sleep(0)
-            return self.request.id, current_request.get()
-
-        request = Request(id=new_id(), task=look.name)
-        assert look.run(request, [], {}) == (request.id, request)
 
     def test_a_request_cannot_be_changed(self) -> None:
         with pytest.raises(AttributeError):

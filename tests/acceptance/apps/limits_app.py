@@ -103,3 +103,52 @@ def alone(self: TaskContext, seconds: float) -> None:
         note("still", self)
         time.sleep(0.02)
     note("end", self)
+
+
+_loops: list[object] = []
+
+
+@app.task
+async def loop_of_before() -> bool:
+    import asyncio
+
+    _loops.append(asyncio.get_running_loop())
+    return _loops[0] is _loops[-1]
+
+
+@app.task
+async def leaves_one_behind() -> str:
+    import asyncio
+
+    _loops.append(asyncio.create_task(asyncio.sleep(60), name="left behind"))
+    return "done"
+
+
+@app.task
+async def closes_the_loop() -> None:
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    loop.call_soon(loop.stop)
+    await asyncio.sleep(60)
+
+
+@app.task
+def returns_a_coroutine() -> object:
+    return _answer()
+
+
+async def _answer() -> str:
+    return "awaited"
+
+
+@app.task(bind=True)
+async def sees_its_request(self: TaskContext) -> str:
+    import asyncio
+
+    try:
+        app.AsyncResult(self.request.id).get(timeout=0)
+    except RuntimeError as error:
+        await asyncio.sleep(0)
+        return str(error)
+    return "waited"
