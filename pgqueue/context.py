@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from pgqueue.errors import Retry, shown
 from pgqueue.options import check_max_retries, check_seconds, check_time
@@ -45,6 +45,14 @@ class Request:
     called_directly: bool = False
 
 
+class Control(Protocol):
+    """What a worker knows of the run."""
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Somebody wants the job cancelled."""
+
+
 class TaskContext:
     """The first argument of a task declared with `bind=True`.
 
@@ -53,11 +61,12 @@ class TaskContext:
         task: The `Task` itself.
     """
 
-    __slots__ = ("request", "task")
+    __slots__ = ("_control", "request", "task")
 
-    def __init__(self, task: Any, request: Request) -> None:
+    def __init__(self, task: Any, request: Request, control: Control | None = None) -> None:
         self.task = task
         self.request = request
+        self._control = control
 
     @property
     def app(self) -> Any:
@@ -68,6 +77,10 @@ class TaskContext:
     def name(self) -> str:
         name: str = self.task.name
         return name
+
+    def cancelled(self) -> bool:
+        """Whether somebody wants this job cancelled; what ends from here on is not retried."""
+        return self._control is not None and self._control.is_cancelled
 
     def retry(
         self,

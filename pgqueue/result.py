@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
-from pgqueue.codec import decode_result
+from pgqueue.codec import clean_text, decode_result
 from pgqueue.database.connection import (
     Channel,
     ConnectionLost,
@@ -39,6 +40,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 FIRST_POLL: Final = 0.005
 LAST_POLL: Final = 0.5
+MAX_REASON: Final = 1_000
 UNKNOWN_FOR: Final = 5.0
 """Seconds an id may be unknown to `get`: the transaction that enqueues it may still be open."""
 
@@ -152,6 +154,26 @@ class AsyncResult(Generic[R_co]):
         """`get`, awaited."""
         return await adrive(self._until_ended(timeout), self._aperform)
 
+    def cancel(self, reason: str | None = None) -> Literal["cancelled", "requested", "too_late"]:
+        """Cancel the job, for the `reason` that the audit log keeps.
+
+        Returns:
+            `cancelled`: it waited, and will not run. `requested`: it runs, and is told to end; if its body
+            ends first, it has succeeded. `too_late`: it has ended, or there is no such job.
+        """
+        return self._database().run(partial(self._cancel, reason=_read_reason(reason)))
+
+    async def acancel(self, reason: str | None = None) -> Literal["cancelled", "requested", "too_late"]:
+        """`cancel`, awaited."""
+        return await self._database().arun(partial(self._cancel, reason=_read_reason(reason)))
+
+    def _cancel(
+        self, channel: Channel, *, reason: str | None
+    ) -> Steps[Literal["cancelled", "requested", "too_late"]]:
+        rows = yield Statement("cancel_job", {"id": self._id, "reason": reason, "actor": None})
+        answer: Literal["cancelled", "requested", "too_late"] = rows[0][0]
+        return answer
+
     def _until_ended(self, timeout: float | None) -> Generator[_Look | Pause, Any, R_co]:
         if current_request.get() is not None:
             raise RuntimeError(
@@ -237,6 +259,12 @@ class AsyncResult(Generic[R_co]):
             error_message=outcome.error_message,
             remote_traceback=outcome.traceback,
         )
+
+
+def _read_reason(reason: object) -> str | None:
+    if reason is not None and not isinstance(reason, str):
+        raise TypeError(f"reason must be text, got {shown(reason)}")
+    return reason if reason is None else clean_text(reason, MAX_REASON)
 
 
 def _read_timeout(timeout: object) -> float | None:

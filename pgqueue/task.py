@@ -22,7 +22,7 @@ from typing import (
 )
 
 from pgqueue.codec import ArgumentCodec
-from pgqueue.context import Request, TaskContext
+from pgqueue.context import Control, Request, TaskContext
 from pgqueue.database.connection import AsyncCaller, SyncCaller, recognise, recognise_async, recognise_sync
 from pgqueue.enqueue import Client, build_request
 from pgqueue.job import JobRequest, new_id
@@ -236,12 +236,12 @@ class Task(Generic[P, R]):
         )
         return cast(R, self.function(TaskContext(self, request), *args, **kwargs))
 
-    def run(self, request: Request, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def run(self, request: Request, control: Control) -> Any:
         """Run the function for a job; what it returns, a coroutine if it is `async def`, or whatever it
         raises.
         """
-        context = (TaskContext(self, request),) if self.bound else ()
-        return self.function(*context, *args, **kwargs)
+        context = (TaskContext(self, request, control),) if self.bound else ()
+        return self.function(*context, *request.args, **request.kwargs)
 
     def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]:
         """Enqueue a job with these arguments, on a connection of our own, which commits."""

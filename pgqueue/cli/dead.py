@@ -55,8 +55,8 @@ def read_since(ctx: click.Context, param: click.Parameter, value: str | None) ->
             if ago > _LONGEST:
                 raise ValueError
             return ago
-        moment = datetime.fromisoformat(value)
-        return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+        found = datetime.fromisoformat(value)
+        return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
     except (ValueError, KeyError, OverflowError):
         raise click.BadParameter(
             f"must be like 30m, 2h, 3d or 2026-01-31T09:00Z, a century at most, got {shown(value)}"
@@ -139,7 +139,7 @@ def list_command(context: Context, /, limit: int, as_json: bool, **which: Any) -
             letter.task,
             letter.reason,
             letter.attempt,
-            shortened(_error(letter.error_class, letter.error_message), _MESSAGE_LENGTH),
+            shortened(error_text(letter.error_class, letter.error_message), _MESSAGE_LENGTH),
         )
         for letter in found[:limit]
     ]
@@ -259,7 +259,7 @@ def _requeue_ids(
         else:
             click.echo(f"would requeue {plural(count, 'dead letter')}")
     else:
-        done = letters.requeue(session, job_ids, by=_who(), reason=note)
+        done = letters.requeue(session, job_ids, by=who(), reason=note)
         missing = done.missing
         status = _report(done, as_json=as_json)
     for job_id in missing:
@@ -277,7 +277,7 @@ def _requeue_matching(
             session,
             where,
             limit=limit,
-            by=_who(),
+            by=who(),
             reason=note,
             progress=lambda moved: progress.advance(bar, moved),
         )
@@ -312,9 +312,9 @@ def _show_letter(letter: dict[str, Any]) -> None:
         "queue": letter["queue"],
         "dead-letter queue": letter["dead_letter_queue"],
         "reason": letter["reason"],
-        "error": _error(letter["error_class"], letter["error_message"]),
-        "died": _moment(letter["died_at"]),
-        "enqueued": f"{_moment(letter['enqueued_at'])} by {letter['enqueued_by']}",
+        "error": error_text(letter["error_class"], letter["error_message"]),
+        "died": moment(letter["died_at"]),
+        "enqueued": f"{moment(letter['enqueued_at'])} by {letter['enqueued_by']}",
         "args": to_json(letter["args"]),
         "kwargs": to_json(letter["kwargs"]),
         "headers": to_json(letter["headers"]),
@@ -339,9 +339,9 @@ def _show_letter(letter: dict[str, Any]) -> None:
             (
                 failure["attempt"],
                 failure["kind"],
-                _moment(failure["failed_at"]),
+                moment(failure["failed_at"]),
                 failure["worker_id"],
-                _error(failure["error_class"], failure["error_message"]),
+                error_text(failure["error_class"], failure["error_message"]),
             )
             for failure in letter["failures"]
         ]
@@ -349,7 +349,7 @@ def _show_letter(letter: dict[str, Any]) -> None:
         show(table(("attempt", "kind", "when", "worker", "error"), rows, right=("attempt",)))
 
 
-def _moment(time: datetime) -> str:
+def moment(time: datetime) -> str:
     return time.isoformat(sep=" ", timespec="seconds")
 
 
@@ -357,11 +357,11 @@ def _most(max_retries: int | None) -> str:
     return {None: "the task's limit", -1: "any number"}.get(max_retries, str(max_retries))
 
 
-def _error(error_class: str | None, message: str | None) -> str:
+def error_text(error_class: str | None, message: str | None) -> str:
     return ": ".join(part for part in (error_class, message) if part) or "-"
 
 
-def _who() -> str:
+def who() -> str:
     """Who is at the keyboard, for the audit log."""
     try:
         user = getpass.getuser()

@@ -24,6 +24,7 @@ _COMMANDS = {
     "demo": "pgqueue.cli.demo:demo",
     "enqueue": "pgqueue.cli.enqueue:enqueue",
     "inspect": "pgqueue.cli.inspect:inspect",
+    "job": "pgqueue.cli.job:job",
     "dead": "pgqueue.cli.dead:dead",
 }
 

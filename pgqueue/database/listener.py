@@ -38,6 +38,7 @@ class Listener:
         dsn: Where to listen.
         notify_dsn: What the queue is otherwise reached by; nearly always the same.
         on_notify: Called with the payload of each notification.
+        on_control: The same for the channel of that name with `_control` behind it: what people ask for.
         on_listen: Called whenever LISTEN has been confirmed: what was notified before is missed, so look for
             yourself.
         on_deaf: Called when notifications do not arrive here, or the connection is lost, until `on_listen` is
@@ -51,6 +52,7 @@ class Listener:
         *,
         notify_dsn: str,
         on_notify: Callable[[str], None],
+        on_control: Callable[[str], None],
         on_listen: Callable[[], None],
         on_deaf: Callable[[], None],
         random: Random,
@@ -60,6 +62,7 @@ class Listener:
         self._channel = channel
         self._probe = f"{channel}_{secrets.token_hex(6)}"
         self._on_notify = on_notify
+        self._on_control = on_control
         self._on_listen = on_listen
         self._on_deaf = on_deaf
         self._random = random
@@ -74,13 +77,15 @@ class Listener:
                     with _answering(connection):
                         listens = await self._hears(connection)
                         if listens:
+                            await connection.execute(_on_channel("LISTEN {}", f"{self._channel}_control"))
                             await connection.execute(_on_channel("LISTEN {}", self._channel))
                     failures = 0
                     if listens:
                         told = False
                         self._on_listen()
                         async for notification in connection.notifies():
-                            self._on_notify(notification.payload)
+                            is_work = notification.channel == self._channel
+                            (self._on_notify if is_work else self._on_control)(notification.payload)
                         raise DatabaseUnavailable("the listening connection ended")
                 self._on_deaf()
                 if not told:

@@ -299,6 +299,7 @@ class ClaimedJob(msgspec.Struct, array_like=True):
     crashes: int
     eta: float | None
     expired: bool
+    cancelled: bool
     worker: str = ""
 
 
@@ -365,7 +366,7 @@ class Outcome(msgspec.Struct):
     attempt: int
     worker: str
     verb: Verb
-    state: Literal["succeeded", "expired"] = "succeeded"
+    state: Literal["succeeded", "expired", "cancelled"] = "succeeded"
     kind: Literal["failed", "crashed"] = "failed"
     result: str | None = None
     result_error: str | None = None
@@ -406,7 +407,7 @@ def _ack_call(group: list[Outcome], now: float) -> Call:
         "attempt": first.attempt,
         "worker": first.worker,
     }
-    if first.verb == "finish" and not first.history:
+    if first.verb == "finish" and first.state == "succeeded" and not first.history:
         return Call("ack_forgotten", parameters)
     if first.verb == "finish":
         parameters |= {

@@ -21,15 +21,15 @@ import msgspec
 
 from pgqueue.codec import clean_text, encode_result
 from pgqueue.context import Request
-from pgqueue.errors import PayloadError, Retry, SoftTimeLimitExceeded, UnknownTask
+from pgqueue.errors import PayloadError, Retry, SoftTimeLimitExceeded, TaskCancelled, UnknownTask
 from pgqueue.failpoints import failpoint
 from pgqueue.job import OWN_HEADER
 from pgqueue.result import current_request
 from pgqueue.retry import Again
 from pgqueue.shapes import class_name
-from pgqueue.worker.interrupts import Alarm, limited
+from pgqueue.worker.interrupts import Alarm, interruptible
 from pgqueue.worker.tracebacks import describe
-from pgqueue.worker.wire import Failed, Job, Snoozed, Succeeded, clock
+from pgqueue.worker.wire import Cancelled, Failed, Job, Snoozed, Succeeded, clock
 
 if TYPE_CHECKING:
     from pgqueue.app import PgQueue
@@ -43,7 +43,7 @@ T = TypeVar("T")
 COUNT_LIMIT = 1_000_000_000
 """Retries that the table can count."""
 
-Outcome = Succeeded | Failed | Snoozed
+Outcome = Succeeded | Failed | Snoozed | Cancelled
 
 
 class Body:
@@ -76,11 +76,13 @@ class Body:
             request = _request(job, args, kwargs, headers)
             soft = own.get("soft_time_limit", task.soft_time_limit)
             try:
-                value = self._call(task, request, soft)
+                value = self._call(task, request, job.number, soft)
             finally:
                 if sys.getrecursionlimit() < self._recursion_limit:  # what comes now must not be cut short
                     sys.setrecursionlimit(self._recursion_limit)
             failpoint("body_after")
+        except TaskCancelled:
+            return Cancelled(job.number, started, clock())
         except UnknownTask as error:
             if task is not None:  # the body looked for another one
                 return self._failed(job, started, error, task)
@@ -97,20 +99,24 @@ class Body:
         result, result_error = encode_result(value)
         return Succeeded(job.number, started, finished, result, result_error)
 
-    def _call(self, task: Task[Any, Any], request: Request, soft: float | None) -> Any:
+    def _call(self, task: Task[Any, Any], request: Request, number: int, soft: float | None) -> Any:
         """Run the function, and what it returns if that is a coroutine; told to end after `soft` seconds."""
         told = SoftTimeLimitExceeded(f"it ran longer than its soft_time_limit of {soft or 0:g} s")
         token = current_request.set(request)
         try:
+            self._alarm.enter(number)
             if soft and not task.is_async:
                 with self._alarm.set(soft, told):
-                    value = task.run(request, request.args, request.kwargs)
+                    value = task.run(request, self._alarm)
             else:
-                value = task.run(request, request.args, request.kwargs)
+                value = task.run(request, self._alarm)
             if not inspect.iscoroutine(value):
                 return value
-            return self._await(limited(value, soft, told) if soft else value, request)
+            return self._await(
+                interruptible(value, after=soft, error=told, hand_over=self._alarm.hand_over), request
+            )
         finally:
+            self._alarm.leave()
             current_request.reset(token)
 
     def _await(self, coroutine: Coroutine[Any, Any, T], request: Request) -> T:

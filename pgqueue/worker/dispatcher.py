@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
@@ -25,7 +25,7 @@ from pgqueue.database.store import CLAIM_LIMIT, ClaimedJob, Outcome
 from pgqueue.errors import TimeLimitExceeded
 from pgqueue.job import OWN_HEADER
 from pgqueue.retry import Again, Dead, RetryPolicy, crash_delay
-from pgqueue.worker.wire import Board, Failed, Job, Skipped, Snoozed, Succeeded, TaskFacts
+from pgqueue.worker.wire import Board, Cancelled, Failed, Job, Skipped, Snoozed, Succeeded, TaskFacts
 
 SHORT = 0.001
 """Seconds: tasks that take less travel in chunks."""
@@ -35,6 +35,8 @@ PREFETCH_TIME = 0.1
 PREFETCH_JOBS = 2 * CLAIM_LIMIT
 STALL = 0.02
 """Seconds a job of a chunk may run before the rest of its chunk is taken back."""
+CANCEL_GRACE = 10.0
+"""Seconds a run that was told of its cancellation has to end."""
 STRANDED = 0.5
 """Seconds a claimed job may wait for a slot before it goes back to the database."""
 
@@ -81,6 +83,8 @@ class Member:
         in_flight: Jobs sent and not reported yet, by number, in order.
         progress: The job number seen on the board last, and since when.
         retiring: Gets no more jobs.
+        cancelling: Numbers of jobs that were told to end because somebody wants them cancelled, and since
+            when.
         overdue: The number of the job it was killed for, at its hard time limit; 0 for none.
         garbled: A task has written where it should not: what the board says may be wrong too.
     """
@@ -93,6 +97,7 @@ class Member:
     progress: tuple[int, float] = (0, 0.0)
     ready: bool = False
     retiring: bool = False
+    cancelling: dict[int, float] = field(default_factory=dict)
     overdue: int = 0
     garbled: bool = False
 
@@ -174,8 +179,9 @@ class Dispatcher:
         if not self._waiting:
             self._waiting_since = now
         for job in jobs:
-            if job.expired:
-                self._end(job, verb="finish", state="expired", started=now, finished=now)
+            if job.expired or job.cancelled:
+                state = "cancelled" if job.cancelled else "expired"
+                self._end(job, verb="finish", state=state, started=now, finished=now)
             else:
                 self._waiting.append(job)
 
@@ -200,12 +206,13 @@ class Dispatcher:
                 break
         return sendings
 
-    def finished(self, member: Member, message: Succeeded | Failed | Snoozed) -> None:
+    def finished(self, member: Member, message: Succeeded | Failed | Snoozed | Cancelled) -> None:
         """An executor reports an outcome; one for a job it no longer has is ignored."""
         job = member.in_flight.pop(message.number, None)
         if job is None:
             return
         self.pace.observe(job.task, message.finished - message.started)
+        cancelled = member.cancelling.pop(message.number, None) is not None
         if isinstance(message, Succeeded):
             self.succeeded += 1
             self.outcomes.append(
@@ -220,6 +227,11 @@ class Dispatcher:
                     finished=message.finished,
                     history=self._facts(job.task).history,
                 )
+            )
+            return
+        if cancelled or isinstance(message, Cancelled):
+            self._end(
+                job, verb="finish", state="cancelled", started=message.started, finished=message.finished
             )
             return
         if isinstance(message, Snoozed):
@@ -281,6 +293,10 @@ class Dispatcher:
         if running is None:
             return None
         facts = self._facts(running.task)
+        if first in member.cancelling:
+            told = member.cancelling[first]
+            self._end(running, verb="finish", state="cancelled", started=told, finished=told)
+            return running
         if member.overdue == first:
             self._end_overdue(running, facts)
             return running
@@ -303,15 +319,34 @@ class Dispatcher:
         )
         return running
 
+    def cancel(self, ids: Collection[str], now: float) -> list[Member]:
+        """Somebody wants these jobs cancelled: what waits ends here; returns the executors to be told."""
+        told = []
+        for member in self.members.values():
+            mine = {number for number, job in member.in_flight.items() if job.id in ids}
+            if mine and max(mine) > member.board.started:
+                self._recall(member)
+            for number in mine & member.in_flight.keys() - member.cancelling.keys():
+                member.cancelling[number] = now
+                member.board.cancelled = number
+                told.append(member)
+        for job in [job for job in self._waiting if job.id in ids]:
+            self._waiting.remove(job)
+            self._end(job, verb="finish", state="cancelled", started=now, finished=now)
+        return told
+
     def kill_overdue(self, now: float) -> list[Member]:
-        """The executors whose job has reached its hard time limit, to be killed; each is returned once."""
+        """The executors to be killed, each once: their job has reached its hard time limit, or was cancelled
+        and goes on.
+        """
         found = []
         for member in self.members.values():
             job = self._running(member, now)
             if job is None or member.overdue:
                 continue
             limit = self.time_limit(job)
-            if limit and now - member.progress[1] >= limit:
+            ignores = now - member.cancelling.get(member.board.started, now) >= CANCEL_GRACE
+            if ignores or (limit and now - member.progress[1] >= limit):
                 member.overdue = member.board.started
                 found.append(member)
         return found

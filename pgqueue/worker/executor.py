@@ -45,7 +45,7 @@ class Executor:
     """Runs the jobs that come over `channel`, for the tasks of `app`."""
 
     def __init__(self, app: PgQueue, channel: socket.socket, board: Board) -> None:
-        alarm = Alarm()
+        alarm = Alarm(lambda: board.cancelled)
         alarm.listen()
         self._body = Body(app, alarm)
         self._channel = channel

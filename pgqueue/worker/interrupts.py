@@ -13,26 +13,64 @@ from __future__ import annotations
 import asyncio
 import signal
 import types
-from collections.abc import Coroutine, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
 
-from pgqueue.errors import Signal
+from pgqueue.errors import Signal, TaskCancelled
 
 T = TypeVar("T")
 
 NEVER: Final = 0.0
 
 
-class Alarm:
-    """Raises in what the main thread runs, once a time has passed."""
+CANCEL_SIGNAL: Final = signal.SIGUSR1
 
-    def __init__(self) -> None:
+
+class Alarm:
+    """Raises in what the main thread runs, once a time has passed, or when its job is cancelled.
+
+    Args:
+        cancelled: The number of the job that somebody wants cancelled.
+    """
+
+    def __init__(self, cancelled: Callable[[], int] = lambda: 0) -> None:
         self._raises: Signal | None = None
+        self._cancelled = cancelled
+        self._number = 0
+        self._raise_in: Callable[[Signal], None] | None = None
 
     def listen(self) -> None:
-        """Take over SIGALRM; in the main thread of a freshly forked process."""
+        """Take over SIGALRM and SIGUSR1; in the main thread of a freshly forked process."""
         signal.signal(signal.SIGALRM, self._ring)
+        signal.signal(CANCEL_SIGNAL, self._look)
+
+    def enter(self, number: int) -> None:
+        """From here until `leave` the body of this job runs."""
+        self._number = number
+        self._look()
+
+    def leave(self) -> None:
+        """What comes late is for nobody."""
+        self._number = 0
+        self._raise_in = None
+
+    def hand_over(self, raise_in: Callable[[Signal], None]) -> None:
+        """The body is a coroutine from here on, in which this raises; it is called in a signal handler."""
+        self._raise_in = raise_in
+        self._look()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Somebody wants the job that runs cancelled."""
+        return 0 < self._number == self._cancelled()
+
+    def _look(self, *_: object) -> None:
+        if self.is_cancelled:
+            error = TaskCancelled("somebody has cancelled the job")
+            if self._raise_in is None:
+                raise error
+            self._raise_in(error)
 
     @contextmanager
     def set(self, seconds: float, error: Signal) -> Iterator[None]:
@@ -51,24 +89,49 @@ class Alarm:
             raise error
 
 
-async def limited(coroutine: Coroutine[Any, Any, T], seconds: float, error: Signal) -> T:
-    """Await it; where it awaits once it has run for so long, raise `error` in it."""
-    wishes: list[Signal] = []
+async def interruptible(
+    coroutine: Coroutine[Any, Any, T],
+    *,
+    after: float | None = None,
+    error: Signal,
+    hand_over: Callable[[Callable[[Signal], None]], None] | None = None,
+) -> T:
+    """Await it; where it awaits, it can be told to end.
 
-    def ring(task: asyncio.Task[Any] | None) -> None:
+    Args:
+        after: Seconds from now; None for never.
+        error: What is raised then.
+        hand_over: Gets what raises in it at any other time, from any thread or signal handler.
+    """
+    wishes: list[Signal] = []
+    raised: list[Signal] = []
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+    def ring(wish: Signal) -> None:
         if task is not None:
-            wishes.append(error)
+            wishes.append(wish)
+            raised.append(wish)
             task.cancel()
 
-    timer = asyncio.get_running_loop().call_later(seconds, ring, asyncio.current_task())
+    timer = loop.call_later(after, ring, error) if after else None
     try:
+        if hand_over is not None:
+            hand_over(lambda wish: _soon(loop, ring, wish))
         return await _driven(coroutine, wishes)
     except BaseExceptionGroup as group:
-        if group.subgroup(lambda each: each is error) is None:
+        # It was waiting for a task group, which hands on nothing as it is.
+        mine = next((wish for wish in raised if group.subgroup(lambda each: each is wish)), None)  # noqa: B023
+        if mine is None:
             raise
-        raise error from group  # it was waiting for a task group, which hands on nothing as it is
+        raise mine from group
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
+
+
+def _soon(loop: asyncio.AbstractEventLoop, ring: Callable[[Signal], None], wish: Signal) -> None:
+    with suppress(RuntimeError):  # the loop has been closed
+        loop.call_soon_threadsafe(ring, wish)
 
 
 @types.coroutine

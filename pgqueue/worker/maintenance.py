@@ -47,6 +47,8 @@ DISCOVER_INTERVAL = 1.0
 RUNNING_INTERVAL = 1.0
 RUNNING_AFTER = 1.0
 SHARE_INTERVAL = 0.1
+CANCEL_INTERVAL = 1.0
+"""Seconds between looks for cancelled jobs among those that run; a notification is quicker."""
 NOTIFY_QUEUE_INTERVAL = 10.0
 HOUSEKEEPING_INTERVAL = 60.0
 PARTITIONS_INTERVAL = 3600.0
@@ -101,6 +103,7 @@ class Maintenance:
         asleep: Whether the claimer knows of no work.
         wake: Jobs have become ready: look for them.
         health: What the heartbeat is to say of this worker beside its counts.
+        cancel: Called with the ids of jobs in hand that somebody wants cancelled.
         proven: Called with the time, on `clock()`, until when no other worker takes this one's jobs.
     """
 
@@ -117,6 +120,7 @@ class Maintenance:
         asleep: Callable[[], bool],
         wake: Callable[[], None],
         health: Callable[[], Mapping[str, object]] = dict,
+        cancel: Callable[[list[str]], None] = lambda _: None,
         proven: Callable[[float], None] = lambda _: None,
         random: Random,
     ) -> None:
@@ -131,6 +135,7 @@ class Maintenance:
         self._wake = wake
         self._health = health
         self._proven = proven
+        self._cancel = cancel
         self._random = random
         self._event = asyncio.Event()
         self._watch = Watch(config.lease, patience=3 * config.heartbeat)
@@ -141,11 +146,13 @@ class Maintenance:
         self._promotion_sweep = _Timer()
         self._discovery = _Timer()
         self._notify_queue = _Timer()
+        self._cancellations = _Timer(float("inf"))
         self._housekeeping = _Timer()
         self._partitions = _Timer()
         self._share_at = _Timer(float("inf"))
         self._to_share: set[str] = set()
         self._last_share = float("-inf")
+        self._looked_at = float("-inf")
         self._last_promotion = float("-inf")
         self._last_running: list[str] = []
         self._failures = 0
@@ -161,6 +168,11 @@ class Maintenance:
     def look_for_due_jobs(self, seconds: float = 0.0) -> None:
         """A job may be due in so many seconds: be there, but not more often than every 100 ms."""
         self._promotion.pull(max(clock() + seconds, self._last_promotion + PROMOTE_INTERVAL))
+        self._event.set()
+
+    def look_for_cancellations(self) -> None:
+        """Somebody has said that a job in hand is to be cancelled."""
+        self._cancellations.pull(clock())
         self._event.set()
 
     def share(self, queues: list[str]) -> None:
@@ -214,6 +226,7 @@ class Maintenance:
                 self._notify_queue.at,
                 self._housekeeping.at,
                 self._share_at.at,
+                self._cancellations.at,
                 clock() + RUNNING_INTERVAL if self._dispatcher.in_flight else float("inf"),
             )
             try:
@@ -229,6 +242,10 @@ class Maintenance:
             await self.beat(now)
         if now >= self._share_at.at:
             await self.wake_others()
+        if self._dispatcher.in_flight:
+            self._cancellations.pull(self._looked_at + CANCEL_INTERVAL)
+        if now >= self._cancellations.at:
+            await self.find_cancelled(now)
         if now >= self._promotion.at:
             await self.promote(now)
         if self._discover is not None and now >= self._discovery.at:
@@ -289,6 +306,13 @@ class Maintenance:
             total += taken
             if taken < RESCUE_BATCH:
                 return total
+
+    async def find_cancelled(self, now: float) -> None:
+        """Hand on which of the jobs in hand somebody wants cancelled."""
+        self._cancellations.at, self._looked_at = float("inf"), now
+        found = await self._link.call("find_cancelled", worker=self._identity.id)
+        if found:
+            self._cancel([job_id for job_id, _ in found])
 
     async def promote(self, now: float) -> int:
         """Make due jobs ready; returns how many."""

@@ -23,6 +23,7 @@ import msgspec
 
 from pgqueue.errors import AppNotLoaded, ConfigError, PgQueueError
 from pgqueue.worker.dispatcher import Member
+from pgqueue.worker.interrupts import CANCEL_SIGNAL
 from pgqueue.worker.wire import (
     MAX_FRAME,
     Board,
@@ -188,6 +189,12 @@ class Prefork:
         if line is not None:
             with contextlib.suppress(OSError):
                 line.channel.shutdown(socket.SHUT_WR)
+
+    def tell_cancelled(self, member: Member) -> None:
+        """Have an executor look at its board: the job it runs is cancelled."""
+        if member.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member.pid, CANCEL_SIGNAL)
 
     def kill(self, member: Member) -> None:
         """Kill an executor at once."""

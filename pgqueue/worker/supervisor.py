@@ -38,7 +38,18 @@ from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes
 from pgqueue.worker.maintenance import Maintenance
 from pgqueue.worker.prefork import Prefork
-from pgqueue.worker.wire import Failed, FromExecutor, Loaded, Ready, Skipped, Snoozed, Succeeded, Tired, clock
+from pgqueue.worker.wire import (
+    Cancelled,
+    Failed,
+    FromExecutor,
+    Loaded,
+    Ready,
+    Skipped,
+    Snoozed,
+    Succeeded,
+    Tired,
+    clock,
+)
 
 T = TypeVar("T")
 
@@ -129,6 +140,7 @@ class Supervisor:
             wake=lambda: self._claimer.wake(),
             health=lambda: self._health.published(),
             proven=processes.prove,
+            cancel=self._cancel,
             random=self._random,
         )
         self._claimer = Claimer(
@@ -186,6 +198,7 @@ class Supervisor:
                 config.schema,
                 notify_dsn=self._dsn,
                 on_notify=self._on_notify,
+                on_control=lambda _: self._maintenance.look_for_cancellations(),
                 on_listen=lambda: self._hear(True),
                 on_deaf=lambda: self._hear(False),
                 random=self._random,
@@ -297,6 +310,13 @@ class Supervisor:
         self._claimer.wake()
         self._maintenance.look_for_due_jobs()
 
+    def _cancel(self, ids: list[str]) -> None:
+        """Somebody wants these jobs cancelled; what does not end by itself is killed by `_tick`."""
+        for member in self._dispatcher.cancel(set(ids), clock()):
+            log.info("job_cancelling pid=%d", member.pid)
+            self._processes.tell_cancelled(member)
+        self._claimer.poke()
+
     def _send_out(self) -> None:
         self._crew.renew()
         if self._draining:
@@ -344,7 +364,7 @@ class Supervisor:
         """An executor reports what became of its jobs."""
         dispatcher = self._dispatcher
         for message in messages:
-            if isinstance(message, Succeeded | Failed | Snoozed):
+            if isinstance(message, Succeeded | Failed | Snoozed | Cancelled):
                 dispatcher.finished(member, message)
             elif isinstance(message, Skipped):
                 dispatcher.skipped(member, message)
@@ -364,7 +384,9 @@ class Supervisor:
         crashed = self._dispatcher.gone(member, how, by_us=self._killed or unproven)
         if unproven:
             log.error("exclusive_job_killed job=%s pid=%d", crashed.id if crashed else None, member.pid)
-        if crashed is not None and member.overdue:
+        if crashed is not None and member.cancelling:
+            log.warning("job_cancel_killed job=%s task=%s pid=%d", crashed.id, crashed.task, member.pid)
+        elif crashed is not None and member.overdue:
             log.error(
                 "job_overdue job=%s task=%s attempt=%d limit=%g",
                 crashed.id,

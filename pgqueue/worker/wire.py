@@ -107,6 +107,14 @@ class Snoozed(msgspec.Struct, array_like=True, tag="snoozed"):
     delay: float
 
 
+class Cancelled(msgspec.Struct, array_like=True, tag="cancelled"):
+    """Executor to supervisor: the run has ended because somebody wanted it cancelled."""
+
+    number: int
+    started: float
+    finished: float
+
+
 class Tired(msgspec.Struct, array_like=True, tag="tired"):
     """Executor to supervisor: has grown beyond the limit, to `memory` KiB, and starts nothing more."""
 
@@ -175,7 +183,7 @@ class Exited(msgspec.Struct, array_like=True, tag="exited"):
     unproven: bool = False
 
 
-FromExecutor = Ready | Succeeded | Failed | Snoozed | Tired | Skipped
+FromExecutor = Ready | Succeeded | Failed | Snoozed | Cancelled | Tired | Skipped
 FromForkServer = Loaded | LoadFailed | Forked | Exited
 
 _encoder = msgspec.msgpack.Encoder()
@@ -235,7 +243,7 @@ class Board:
     """The memory an executor shares with its supervisor; see the module's text."""
 
     SIZE = 64
-    _STARTED, _FROM, _UPTO, _EXCLUSIVE, _UNTIL = range(5)
+    _STARTED, _FROM, _UPTO, _EXCLUSIVE, _UNTIL, _CANCELLED = range(6)
 
     def __init__(self, descriptor: int) -> None:
         self._memory = mmap.mmap(descriptor, self.SIZE)
@@ -292,6 +300,15 @@ class Board:
     @proven_until.setter
     def proven_until(self, until: float) -> None:
         self._cells[self._UNTIL] = int(until * 1e9)
+
+    @property
+    def cancelled(self) -> int:
+        """The number of the job that somebody wants cancelled, 0 for none."""
+        return self._cells[self._CANCELLED]
+
+    @cancelled.setter
+    def cancelled(self, number: int) -> None:
+        self._cells[self._CANCELLED] = number
 
     def runs_too_long(self, now: float) -> bool:
         """Fork server: others may take the exclusive job that is running here."""

@@ -238,6 +238,7 @@ async def listen(dsn: str, heard: list[str], listening: asyncio.Event) -> None:
         "pgqueue",
         notify_dsn=dsn,
         on_notify=heard.append,
+        on_control=heard.append,
         on_listen=listening.set,
         on_deaf=lambda: None,
         random=Random(),

@@ -17,7 +17,12 @@ _numbers = itertools.count(1)
 
 
 def claimed(
-    task: str = "task", *, crashes: int = 0, expired: bool = False, args: str | None = "[]"
+    task: str = "task",
+    *,
+    crashes: int = 0,
+    expired: bool = False,
+    cancelled: bool = False,
+    args: str | None = "[]",
 ) -> ClaimedJob:
     number = next(_numbers)
     return ClaimedJob(
@@ -35,6 +40,7 @@ def claimed(
         crashes,
         None,
         expired,
+        cancelled,
         "worker",
     )
 

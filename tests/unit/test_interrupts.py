@@ -11,7 +11,7 @@ from signal import ITIMER_REAL, SIGALRM, getitimer, getsignal, signal
 import pytest
 
 from pgqueue.errors import SoftTimeLimitExceeded
-from pgqueue.worker.interrupts import Alarm, limited
+from pgqueue.worker.interrupts import Alarm, interruptible
 
 TOLD = SoftTimeLimitExceeded("now")
 
@@ -62,11 +62,11 @@ class TestCoroutine:
                 return "told"
             return "slept"
 
-        assert asyncio.run(limited(body(), 0.01, TOLD)) == "told"
+        assert asyncio.run(interruptible(body(), after=0.01, error=TOLD)) == "told"
 
     def test_the_error_comes_out(self) -> None:
         with pytest.raises(SoftTimeLimitExceeded, match="now"):
-            asyncio.run(limited(_forever(), 0.01, TOLD))
+            asyncio.run(interruptible(_forever(), after=0.01, error=TOLD))
 
     @pytest.mark.parametrize("way", ["gather", "group", "timeout"])
     def test_what_it_waits_for_is_let_go(self, way: str) -> None:
@@ -94,7 +94,7 @@ class TestCoroutine:
                     await child()
 
         with pytest.raises(SoftTimeLimitExceeded):
-            asyncio.run(limited(body(), 0.01, TOLD))
+            asyncio.run(interruptible(body(), after=0.01, error=TOLD))
         assert seen == {"gather": ["cancelled"] * 2, "group": ["cancelled"] * 2, "timeout": ["told"]}[way]
 
     def test_in_time_it_is_what_await_is(self) -> None:
@@ -110,13 +110,13 @@ class TestCoroutine:
             await asyncio.sleep(0)
             raise OSError("inner")
 
-        assert asyncio.run(limited(body(), 20, TOLD)) == 10
+        assert asyncio.run(interruptible(body(), after=20, error=TOLD)) == 10
         with pytest.raises(OSError, match="inner"):
-            asyncio.run(limited(fails(), 20, TOLD))
+            asyncio.run(interruptible(fails(), after=20, error=TOLD))
 
     def test_another_cancellation_is_a_cancellation(self) -> None:
         async def outer() -> None:
-            task = asyncio.ensure_future(limited(_forever(), 20, TOLD))
+            task = asyncio.ensure_future(interruptible(_forever(), after=20, error=TOLD))
             await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):

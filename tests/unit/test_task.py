@@ -13,6 +13,7 @@ import pytest
 
 from pgqueue import ConfigError, PayloadError, PgQueue, Request, Retry, Signature, Task, TaskContext
 from pgqueue.job import JobRequest, new_id
+from pgqueue.worker.interrupts import Alarm
 
 NOON = datetime(2030, 6, 1, 12, tzinfo=timezone(timedelta(hours=9)))
 
@@ -73,8 +74,8 @@ class TestRun:
         def look(self: TaskContext, number: int, text: str = "") -> tuple[Request, int, str]:
             return self.request, number, text
 
-        request = Request(id=new_id(), task=look.name, retries=2, attempt=3, worker="w")
-        assert look.run(request, [1], {"text": "x"}) == (request, 1, "x")
+        request = Request(new_id(), look.name, (1,), {"text": "x"}, retries=2, attempt=3, worker="w")
+        assert look.run(request, Alarm()) == (request, 1, "x")
 
     def test_a_request_cannot_be_changed(self) -> None:
         with pytest.raises(AttributeError):

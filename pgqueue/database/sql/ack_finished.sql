@@ -15,7 +15,7 @@ WITH gone AS (
         result, result_error)
     SELECT id, %(state)s::text, queue, task, args, kwargs, priority, eta, expires_at, attempt, retries,
         crashes, rescues, worker_id, enqueued_at, enqueued_by, claimed_at,
-        CASE %(state)s::text WHEN 'succeeded' THEN now() - (%(started_ago)s::float8[])[nth] * interval '1 second' END,
+        CASE WHEN %(state)s::text <> 'expired' THEN now() - (%(started_ago)s::float8[])[nth] * interval '1 second' END,
         now() - (%(finished_ago)s::float8[])[nth] * interval '1 second', unique_key, headers,
         (%(results)s::text[])[nth]::jsonb, (%(result_errors)s::text[])[nth]
     FROM gone

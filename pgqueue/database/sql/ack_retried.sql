@@ -1,10 +1,11 @@
 -- Send failed or crashed runs of one attempt number back to wait for another one, and keep a failures row of each.
--- Fenced as ack_finished. Locks: the jobs rows, in id order. Index: jobs_pkey.
+-- A job that somebody wants cancelled is due at once: the next claim ends it. Fenced as ack_finished. Locks: the jobs rows, in id order. Index: jobs_pkey.
 -- One row: how many, and, when some were stale, the ids of those that were not.
 WITH again AS (
     UPDATE {schema}.jobs
     SET state = 'scheduled',
-        eta = clock_timestamp() + (%(delays)s::float8[])[array_position(%(ids)s::uuid[], id)] * interval '1 second',
+        eta = clock_timestamp() + CASE WHEN cancel_requested_at IS NULL
+            THEN (%(delays)s::float8[])[array_position(%(ids)s::uuid[], id)] ELSE 0 END * interval '1 second',
         retries = retries + CASE %(kind)s::text WHEN 'failed' THEN 1 ELSE 0 END,
         crashes = crashes + CASE %(kind)s::text WHEN 'crashed' THEN 1 ELSE 0 END,
         max_retries = coalesce((%(max_retries)s::integer[])[array_position(%(ids)s::uuid[], id)], max_retries),

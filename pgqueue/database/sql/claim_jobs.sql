@@ -27,7 +27,7 @@ WITH taken AS (
         LIMIT %(batch)s::integer
     ))
     RETURNING id, queue, priority, position, task, args, kwargs, headers, attempt, retries, max_retries, crashes, eta,
-              expires_at
+              expires_at, cancel_requested_at
 )
 SELECT coalesce(json_agg(json_build_array(
            id, queue, priority, position, task,
@@ -35,7 +35,7 @@ SELECT coalesce(json_agg(json_build_array(
            CASE WHEN small THEN headers_text ELSE '{}' END,
            attempt, retries, max_retries, crashes,
            CASE WHEN isfinite(eta) THEN extract(epoch FROM eta)::float8 END,
-           coalesce(expires_at <= now(), false)
+           coalesce(expires_at <= now(), false), cancel_requested_at IS NOT NULL
        ))::text, '[]') AS document,
        pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS xmin,
        coalesce(pg_current_xact_id_if_assigned(), pg_snapshot_xmax(pg_current_snapshot()))::text::bigint AS xmax

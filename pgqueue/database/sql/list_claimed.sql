@@ -2,6 +2,6 @@
 -- Index: jobs_running. Payloads are left out; load_payload fetches them.
 SELECT id::text AS id, attempt,
        json_build_array(id, queue, priority, position, task, NULL, NULL, '{}', attempt, retries, max_retries, crashes,
-                        NULL, coalesce(expires_at <= now(), false))::text AS document
+                        NULL, coalesce(expires_at <= now(), false), cancel_requested_at IS NOT NULL)::text AS document
 FROM {schema}.jobs
 WHERE state = 'running' AND worker_id = %(worker)s::text

@@ -152,3 +152,43 @@ async def sees_its_request(self: TaskContext) -> str:
         await asyncio.sleep(0)
         return str(error)
     return "waited"
+
+
+@app.task(bind=True, autoretry_for=Exception, max_retries=5)
+def cancellable(self: TaskContext, how: str) -> str:
+    note("start", self)
+    try:
+        while how == "sleeps":
+            time.sleep(30)
+        while how == "busy":
+            pass
+        while how == "swallows":
+            with suppress(Exception):
+                time.sleep(0.01)
+        while how == "asks":
+            with suppress(BaseException):
+                time.sleep(0.01)
+            if self.cancelled():
+                return "stopped by itself"
+        if how == "fails":
+            with suppress(BaseException):
+                time.sleep(30)
+            raise OSError("on the way out")
+        if how == "stubborn":
+            while True:
+                with suppress(BaseException):
+                    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 1_000_000_000)
+    finally:
+        note("end", self)
+    return "never told"
+
+
+@app.task(bind=True)
+async def cancellable_later(self: TaskContext) -> None:
+    import asyncio
+
+    note("start", self)
+    try:
+        await asyncio.gather(asyncio.sleep(30), asyncio.sleep(30))
+    finally:
+        note("end", self)
