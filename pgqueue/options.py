@@ -22,11 +22,8 @@ LONG_AGO: Final = 1_000_000_000
 """Thirty years: what lies further back is as past, and may fall off the calendars of Python and Postgres."""
 
 
-Pool = Literal["prefork", "threads", "asyncio", "solo"]
 OnConflict = Literal["return", "raise", "replace"]
 UniqueUntil = Literal["end", "start"]
-
-POOLS: Final[tuple[Pool, ...]] = ("prefork", "threads", "asyncio", "solo")
 
 
 class TaskDefaults(TypedDict, total=False):
@@ -50,11 +47,8 @@ class TaskDefaults(TypedDict, total=False):
             went silent with the job in its hands, nobody runs it again.
         exclusive: Its runs never overlap: a run whose worker can no longer prove that it is alive is killed
             before others may take the job.
-        transactional: The body runs in a transaction on `self.connection` or `self.session`, which commits
-            together with the job's end: its effects there happen exactly once.
         soft_time_limit: Seconds after which `SoftTimeLimitExceeded` is raised in the task.
         time_limit: Seconds after which the task is killed.
-        pool: Where it runs: "prefork", "threads", "asyncio" or "solo"; by default the worker's own pool.
         ignore_result: Store no result.
         history: Whether a job that has succeeded is kept in `finished_jobs`.
         unique_until: "end", or "start": from then on another job may have the `unique_key`.
@@ -75,10 +69,8 @@ class TaskDefaults(TypedDict, total=False):
     max_crashes: int
     on_crash: Literal["retry", "dead_letter"]
     exclusive: bool
-    transactional: bool
     soft_time_limit: float | None
     time_limit: float | None
-    pool: Pool
     ignore_result: bool
     history: bool
     unique_until: UniqueUntil
@@ -329,8 +321,6 @@ def _contradictions(options: Mapping[str, Any]) -> list[str]:
         check_limits(options.get("soft_time_limit"), options.get("time_limit"))
     except ValueError as error:
         errors.append(str(error))
-    if options.get("transactional") and options.get("history") is False:
-        errors.append("transactional needs history: it is what tells that a job has ended")
     if options.get("on_crash") == "dead_letter" and options.get("max_crashes", 1) != 1:
         errors.append("on_crash='dead_letter' means max_crashes=1; leave one of them out")
     return errors
@@ -351,10 +341,8 @@ _CHECKS: Final[dict[str, Callable[[Any], object]]] = {
     "max_crashes": _check_max_crashes,
     "on_crash": _choice("on_crash", ("retry", "dead_letter")),
     "exclusive": _flag("exclusive"),
-    "transactional": _flag("transactional"),
     "soft_time_limit": lambda value: check_limit("soft_time_limit", value),
     "time_limit": lambda value: check_limit("time_limit", value),
-    "pool": _choice("pool", POOLS),
     "ignore_result": _flag("ignore_result"),
     "history": _flag("history"),
     "unique_until": _choice("unique_until", get_args(UniqueUntil)),

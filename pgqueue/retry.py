@@ -140,7 +140,9 @@ class RetryPolicy:
     @property
     def retries_time_limit(self) -> bool:
         """Whether a job that was killed at its hard time limit runs again."""
-        return TimeLimitExceeded in self.autoretry_for and TimeLimitExceeded not in self.dont_autoretry_for
+        # By identity: comparing may run code of the classes themselves.
+        named = any(each is TimeLimitExceeded for each in self.autoretry_for)
+        return named and not any(each is TimeLimitExceeded for each in self.dont_autoretry_for)
 
     def _retries_by_itself(self, error: BaseException) -> bool:
         return isinstance(error, self.autoretry_for) and not isinstance(error, self.dont_autoretry_for)

@@ -126,6 +126,7 @@ HOT = {
         {"jobs_running": ("worker_id",), **BY_ID},
     ),
     "list_claimed": Hot({"worker": ME}, {"jobs_running": ("worker_id =",)}),
+    "find_cancelled": Hot({"worker": ME}, {"jobs_running": ("worker_id =",)}),
     "delete_worker": Hot({"worker": ME}, {"jobs_running": ("worker_id =",)}),
     "delete_fenced_workers": Hot({}, {"jobs_running": ("worker_id =",)}),
     "find_job": Hot({"id": IDS[0]}, BY_ID),

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import copy_context
 from typing import Any
 from uuid import uuid4
 
@@ -24,6 +25,7 @@ from pgqueue import (
     Task,
 )
 from pgqueue import result as module
+from pgqueue.result import current_request
 
 
 @pytest.fixture
@@ -204,7 +206,9 @@ def test_a_task_must_not_wait_for_a_job(db: str, app: PgQueue, note: Any) -> Non
         except RuntimeError as error:
             caught.append(error)
 
-    waits.run(Request(id=str(uuid4()), task="tests.waits"), [], {})
+    context = copy_context()
+    context.run(current_request.set, Request(id=str(uuid4()), task="tests.waits"))
+    context.run(waits)
     assert "must not wait for another job" in str(caught[0])
     finish(db)
     waits()
@@ -223,6 +227,6 @@ def test_an_id_in_another_spelling(db: str, app: PgQueue, note: Any, spelling: A
 
 def test_an_id_that_is_none(app: PgQueue) -> None:
     with pytest.raises(
-        ValueError, match="job_id must be a UUID, got 'mine'; a key of your own is the unique_key of"
+        ValueError, match="job_id must be a UUID, got 'mine'; a key of your own is unique_key"
     ):
         app.AsyncResult("mine")

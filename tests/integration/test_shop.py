@@ -28,6 +28,7 @@ from pgqueue import ConfigError, Request, Retry
 from pgqueue.cli.demo import examples_folder, require_packages
 from pgqueue.job import new_id
 from pgqueue.retry import Again, Dead
+from pgqueue.worker.interrupts import Alarm
 
 sys.path.insert(0, str(examples_folder()))
 
@@ -110,7 +111,7 @@ def shop(db: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
 def a_run(task: Any, *args: object) -> Any:
     """Run a task's body as a worker does."""
     request = Request(id=new_id(), task=task.name, args=args, kwargs={}, queue=task.queue, attempt=1)
-    return task.run(request, args, {})
+    return task.run(request, Alarm())
 
 
 def verdict(task: Any, error: BaseException, retries: int = 0) -> Again | Dead:

@@ -664,6 +664,48 @@ def test_a_job_that_dies_again_replaces_its_letter(connection: Connection) -> No
     assert new == {**facts, "attempt": 5, "retries": 2, "crashes": 1, "error_message": None}
 
 
+@pytest.mark.parametrize(
+    ("state", "answer"),
+    [("scheduled", "cancelled"), ("ready", "cancelled"), ("running", "requested"), ("gone", "too_late")],
+)
+def test_what_cancelling_answers(connection: Connection, state: str, answer: str) -> None:
+    others = one_of_each(connection)
+    before = everything(connection)
+    eta = datetime.now(UTC) + timedelta(hours=1) if state == "scheduled" else None
+    job_id = new_id()
+    if state == "running":
+        add_running(connection, id=job_id, unique_key="k")
+    elif state != "gone":
+        add(connection, id=job_id, state=state, eta=eta, unique_key="k")
+    row: Any = connection.execute("select pgqueue.cancel(%s, 'why')", [job_id]).fetchone()
+    assert row == (answer,)
+    after = everything(connection)
+    assert {key: after[key] for key in others.values()} == {key: before[key] for key in others.values()}
+    if answer == "cancelled":
+        ended = look(connection, "finished_jobs", job_id)
+        assert ended is not None
+        assert (ended["state"], ended["unique_key"], ended["started_at"]) == ("cancelled", "k", None)
+        assert look(connection, "jobs", job_id) is None
+    noted = connection.execute("select action, reason, details from pgqueue.audit_log").fetchall()
+    assert noted == ([] if answer == "too_late" else [("cancel", "why", {"answer": answer})])
+
+
+@pytest.mark.parametrize("verb", ["retry", "snooze", "release", "crash"])
+def test_a_cancelled_run_that_was_to_run_again_is_claimed_only_to_end(
+    connection: Connection, verb: str
+) -> None:
+    """Whoever ends the run may not have heard of it."""
+    job_id = add_running(connection)
+    connection.execute("select pgqueue.cancel(%s)", [job_id])
+    facts = {"kind": "crashed"} if verb == "crash" else {}
+    verb = "retry" if verb == "crash" else verb
+    assert ack(connection, outcome(job_id, verb, delay=3600.0, **facts)) == [(1, None)]
+    if verb != "release":
+        assert promote(connection)[0] == 1
+    (job,) = claim(connection)
+    assert (job.id, job.cancelled) == (job_id, True)
+
+
 def test_a_snoozed_job_waits_and_nothing_is_counted(connection: Connection) -> None:
     job_id = add_running(connection, attempt=5, retries=2)
     assert ack(connection, outcome(job_id, "snooze", attempt=5, delay=60.0)) == [(1, None)]
