@@ -101,20 +101,19 @@ class Body:
 
     def _call(self, task: Task[Any, Any], request: Request, number: int, soft: float | None) -> Any:
         """Run the function, and what it returns if that is a coroutine; told to end after `soft` seconds."""
-        told = SoftTimeLimitExceeded(f"it ran longer than its soft_time_limit of {soft or 0:g} s")
         token = current_request.set(request)
         try:
             self._alarm.enter(number)
             if soft and not task.is_async:
-                with self._alarm.set(soft, told):
+                with self._alarm.set(soft, _told(soft)):
                     value = task.run(request, self._alarm)
             else:
                 value = task.run(request, self._alarm)
             if not inspect.iscoroutine(value):
                 return value
-            return self._await(
-                interruptible(value, after=soft, error=told, hand_over=self._alarm.hand_over), request
-            )
+            self._alarm.hold()
+            told = _told(soft) if soft else None
+            return self._await(interruptible(value, told, soft, hand_over=self._alarm.hand_over), request)
         finally:
             self._alarm.leave()
             current_request.reset(token)
@@ -209,6 +208,10 @@ def _dead(
         reason=reason,
         dead_letter_queue=dead_letter_queue,
     )
+
+
+def _told(seconds: float) -> SoftTimeLimitExceeded:
+    return SoftTimeLimitExceeded(f"it ran longer than its soft_time_limit of {seconds:g} s")
 
 
 def _headers(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:

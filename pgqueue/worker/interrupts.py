@@ -22,8 +22,6 @@ from pgqueue.errors import Signal, TaskCancelled
 T = TypeVar("T")
 
 NEVER: Final = 0.0
-
-
 CANCEL_SIGNAL: Final = signal.SIGUSR1
 
 
@@ -54,6 +52,10 @@ class Alarm:
         """What comes late is for nobody."""
         self._number = 0
         self._raise_in = None
+
+    def hold(self) -> None:
+        """An event loop is about to run the body: nothing may be raised in its own code."""
+        self._raise_in = _nowhere
 
     def hand_over(self, raise_in: Callable[[Signal], None]) -> None:
         """The body is a coroutine from here on, in which this raises; it is called in a signal handler."""
@@ -89,18 +91,22 @@ class Alarm:
             raise error
 
 
+def _nowhere(_: Signal) -> None:
+    """Who takes over looks again."""
+
+
 async def interruptible(
     coroutine: Coroutine[Any, Any, T],
-    *,
+    error: Signal | None = None,
     after: float | None = None,
-    error: Signal,
+    *,
     hand_over: Callable[[Callable[[Signal], None]], None] | None = None,
 ) -> T:
     """Await it; where it awaits, it can be told to end.
 
     Args:
-        after: Seconds from now; None for never.
-        error: What is raised then.
+        error: What is raised in it after that time; None for nothing.
+        after: Seconds from now.
         hand_over: Gets what raises in it at any other time, from any thread or signal handler.
     """
     wishes: list[Signal] = []
@@ -113,7 +119,7 @@ async def interruptible(
             raised.append(wish)
             task.cancel()
 
-    timer = loop.call_later(after, ring, error) if after else None
+    timer = loop.call_later(after, ring, error) if error is not None and after is not None else None
     try:
         if hand_over is not None:
             hand_over(lambda wish: _soon(loop, ring, wish))

@@ -10,7 +10,7 @@ from signal import ITIMER_REAL, SIGALRM, getitimer, getsignal, signal
 
 import pytest
 
-from pgqueue.errors import SoftTimeLimitExceeded
+from pgqueue.errors import SoftTimeLimitExceeded, TaskCancelled
 from pgqueue.worker.interrupts import Alarm, interruptible
 
 TOLD = SoftTimeLimitExceeded("now")
@@ -62,11 +62,11 @@ class TestCoroutine:
                 return "told"
             return "slept"
 
-        assert asyncio.run(interruptible(body(), after=0.01, error=TOLD)) == "told"
+        assert asyncio.run(interruptible(body(), TOLD, 0.01)) == "told"
 
     def test_the_error_comes_out(self) -> None:
         with pytest.raises(SoftTimeLimitExceeded, match="now"):
-            asyncio.run(interruptible(_forever(), after=0.01, error=TOLD))
+            asyncio.run(interruptible(_forever(), TOLD, 0.01))
 
     @pytest.mark.parametrize("way", ["gather", "group", "timeout"])
     def test_what_it_waits_for_is_let_go(self, way: str) -> None:
@@ -94,7 +94,7 @@ class TestCoroutine:
                     await child()
 
         with pytest.raises(SoftTimeLimitExceeded):
-            asyncio.run(interruptible(body(), after=0.01, error=TOLD))
+            asyncio.run(interruptible(body(), TOLD, 0.01))
         assert seen == {"gather": ["cancelled"] * 2, "group": ["cancelled"] * 2, "timeout": ["told"]}[way]
 
     def test_in_time_it_is_what_await_is(self) -> None:
@@ -110,16 +110,52 @@ class TestCoroutine:
             await asyncio.sleep(0)
             raise OSError("inner")
 
-        assert asyncio.run(interruptible(body(), after=20, error=TOLD)) == 10
+        assert asyncio.run(interruptible(body(), TOLD, 20)) == 10
         with pytest.raises(OSError, match="inner"):
-            asyncio.run(interruptible(fails(), after=20, error=TOLD))
+            asyncio.run(interruptible(fails(), TOLD, 20))
 
     def test_another_cancellation_is_a_cancellation(self) -> None:
         async def outer() -> None:
-            task = asyncio.ensure_future(interruptible(_forever(), after=20, error=TOLD))
+            task = asyncio.ensure_future(interruptible(_forever(), TOLD, 20))
             await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
 
         asyncio.run(outer())
+
+
+class TestCancelling:
+    def test_a_late_signal_is_for_nobody(self) -> None:
+        wanted = [0]
+        alarm = Alarm(lambda: wanted[0])
+        alarm.enter(1)
+        wanted[0] = 1
+        assert alarm.is_cancelled
+        with pytest.raises(TaskCancelled):
+            alarm._look()
+        alarm.leave()
+        alarm._look()
+        alarm.enter(2)
+        alarm._look()
+
+    def test_one_that_was_cancelled_before_it_began_does_not(self) -> None:
+        with pytest.raises(TaskCancelled):
+            Alarm(lambda: 1).enter(1)
+
+    def test_nothing_is_raised_in_a_loops_own_code(self) -> None:
+        wanted = [0]
+        alarm = Alarm(lambda: wanted[0])
+        alarm.enter(1)
+        alarm.hold()
+        wanted[0] = 1
+        alarm._look()
+
+        async def body() -> str:
+            try:
+                await asyncio.sleep(30)
+            except TaskCancelled:
+                return "told"
+            return "slept"
+
+        assert asyncio.run(interruptible(body(), hand_over=alarm.hand_over)) == "told"
