@@ -6,7 +6,6 @@ Knows nothing of processes and channels: it takes a `Job` and returns the messag
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import sys
 import traceback
@@ -15,6 +14,7 @@ from contextlib import suppress
 from contextvars import copy_context
 from datetime import UTC, datetime
 from random import Random
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -109,7 +109,7 @@ class Body:
                     value = task.run(request, self._alarm)
             else:
                 value = task.run(request, self._alarm)
-            if not inspect.iscoroutine(value):
+            if type(value) is not CoroutineType:  # asking for the class it claims may run its code
                 return value
             self._alarm.hold()
             told = _told(soft) if soft else None

@@ -137,7 +137,6 @@ NOT_STORED = [
     "fifty megabytes",
     "a million numbers",
     "a generator",
-    "a coroutine",
     "something endless",
     "something that exits",
     "a list of what exits",

@@ -181,7 +181,7 @@ ENDS: dict[str, tuple[dict[str, str], str]] = {
     "expires at the end of the calendar": ({"expires_at": "'294276-12-31'"}, "succeeded"),
     "enqueued at the end of time": ({"enqueued_at": "'infinity'"}, "succeeded"),
     "enqueued before Christ": ({"enqueued_at": "'4713-01-01 BC'"}, "succeeded"),
-    "cancelled before all time": ({"cancel_requested_at": "'-infinity'"}, "succeeded"),
+    "cancelled before all time": ({"cancel_requested_at": "'-infinity'"}, "cancelled"),
     # Counts.
     "the lowest attempt": ({"attempt": "-2147483648"}, "succeeded"),
     "the lowest counts": (

@@ -244,10 +244,6 @@ class Exits:
         raise SystemExit(4)
 
 
-async def coroutine() -> int:
-    return 1
-
-
 def generator() -> Iterator[int]:
     yield 1
 
@@ -256,7 +252,6 @@ RESULTS: dict[str, Callable[[], Any]] = {
     "fifty megabytes": lambda: "x" * (50 << 20),
     "a million numbers": lambda: list(range(1_000_000)),
     "a generator": generator,
-    "a coroutine": coroutine,
     "a list that raises": lambda: ListRaises([1]),
     "a dict that raises": lambda: DictRaises(a=1),
     "something endless": Endless,
