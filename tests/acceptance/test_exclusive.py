@@ -9,7 +9,7 @@ import psutil
 
 from tests.acceptance.workers import Jobs, Ledger, Workers, eventually
 
-QUICK = ("-c", "1", "--heartbeat", "0.3", "--lease", "1.5")
+QUICK = ("-c", "1", "--heartbeat", "0.5", "--lease", "3")
 TASK = "limits_app.alone"
 
 
