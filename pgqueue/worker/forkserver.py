@@ -22,7 +22,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,7 +76,13 @@ class ForkServer:
         wake_writer.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
-        with self._control, wake_reader, wake_writer, selectors.DefaultSelector() as selector:
+        with (
+            self._control,
+            wake_reader,
+            wake_writer,
+            _without_wakeups(),  # before its descriptor is closed, whatever ends this
+            selectors.DefaultSelector() as selector,
+        ):
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(wake_reader, selectors.EVENT_READ)
             inherited = (wake_reader, wake_writer, selector)
@@ -85,7 +91,6 @@ class ForkServer:
                     if key.fileobj is wake_reader:
                         wake_reader.recv(4096)
                     elif not self._answer(inherited):
-                        signal.set_wakeup_fd(-1)
                         return
                 self._reap()
                 if self._look_every is not None:
@@ -156,6 +161,14 @@ class ForkServer:
 
     def _send(self, message: msgspec.Struct) -> None:
         self._control.sendall(frame(message))
+
+
+@contextlib.contextmanager
+def _without_wakeups() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
 
 
 def _facts(task: Task[..., Any]) -> TaskFacts:
