@@ -158,6 +158,7 @@ class Claimer:
         dispatcher = self._dispatcher
         if dispatcher.outcomes and self._first_outcome is None:
             self._first_outcome = clock()
+            self._event.set()  # whoever waits knows of no ack that is soon due
         if self._due(clock()) or (not self._looking and not self.draining and dispatcher.wanted()):
             self._event.set()
 

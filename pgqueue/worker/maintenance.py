@@ -182,11 +182,11 @@ class Maintenance:
         self._event.set()
 
     async def wake_others(self) -> None:
-        """Wake whoever sleeps on the queues that `share` was called with."""
+        """Wake whoever serves the queues that `share` was called with."""
         queues, self._to_share = sorted(self._to_share), set()
         self._share_at.at, self._last_share = float("inf"), clock()
         if queues:
-            await self._link.call("wake_workers", queues=queues, eta=None)
+            await self._link.call("notify_workers", queues=queues)
 
     async def register(self) -> None:
         """Put this worker on the list, before its first claim."""

@@ -1270,6 +1270,15 @@ def test_wake_workers_tells_only_who_sleeps(
     assert heard(connection) == []
 
 
+def test_notify_workers_tells_everybody(
+    connection: Connection, heard: Callable[[Connection], list[str]]
+) -> None:
+    do(connection, "arm_wake", queues=["a", "b"], next_eta=None)
+    do(connection, "disarm_wake", queues=["b"])
+    do(connection, "notify_workers", queues=["b", "c"])
+    assert sorted(heard(connection)) == ["b", "c"]
+
+
 def test_arming_and_disarming_step_over_a_hint_that_is_held(
     connection: Connection, second: Connection
 ) -> None:
