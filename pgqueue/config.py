@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from pgqueue.errors import ConfigError, shown
@@ -17,7 +17,11 @@ HEARTBEATS_PER_LEASE: Final = 3
 """A worker may miss two heartbeats before it counts as silent."""
 
 MAX_CONCURRENCY: Final = 1024
-"""Executors of one worker."""
+"""Executors of one worker, or slots of one executor."""
+MAX_PROCESSES: Final = 64
+POOLS: Final = ("prefork", "threads", "asyncio", "solo")
+SLOTS: Final = {"threads": 10, "asyncio": 100}
+"""The pools whose executors run several jobs, and how many by default."""
 
 LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -62,7 +66,10 @@ class Config:
         heartbeat: How often a worker writes that it is alive.
         lease: How long a worker may be silent before its jobs are taken back.
         shutdown_timeout: How long a worker that was asked to stop lets running jobs finish.
-        concurrency: Jobs a worker runs at a time; by default one per usable CPU.
+        pool: What a worker runs jobs in: "prefork", "threads", "asyncio" or "solo".
+        concurrency: Jobs a worker runs at a time, or where an executor runs several each of its executors.
+            None for one per usable CPU, 10 threads, 100 coroutines.
+        processes: Executors, where each runs several jobs.
         autoscale: Instead of `concurrency`: the most and the least executors, by how many jobs there are.
         max_tasks_per_child: Jobs after which an executor is replaced.
         max_memory_per_child: KiB of resident memory above which an executor is replaced, after the job that
@@ -88,7 +95,9 @@ class Config:
     heartbeat: float = _HEARTBEAT
     lease: float = _LEASE
     shutdown_timeout: float = 25.0
-    concurrency: int = field(default_factory=usable_cpus)
+    pool: str = "prefork"
+    concurrency: int | None = None
+    processes: int = 1
     autoscale: tuple[int, int] | None = None
     max_tasks_per_child: int | None = None
     max_memory_per_child: int | None = None
@@ -138,9 +147,29 @@ class Config:
         return replace(self, **changes)
 
     @property
+    def slots(self) -> int:
+        """Jobs that each executor of a worker runs at a time."""
+        return (self.concurrency or SLOTS[self.pool]) if self.pool in SLOTS else 1
+
+    @property
     def executors(self) -> tuple[int, int]:
         """The most and the least executors of a worker."""
-        return self.autoscale or (self.concurrency, self.concurrency)
+        if self.pool == "solo":
+            return 1, 1
+        if self.autoscale is not None:
+            return self.autoscale
+        count = self.concurrency or usable_cpus() if self.pool == "prefork" else self.processes
+        return count, count
+
+    @property
+    def limited(self) -> bool:
+        """Whether time limits hold: not where somebody may be looking at a debugger's prompt."""
+        return self.pool != "solo"
+
+    @property
+    def most_jobs(self) -> int:
+        """Jobs that a worker runs at a time."""
+        return self.executors[0] * self.slots
 
     @property
     def masked_dsn(self) -> str | None:
@@ -205,7 +234,20 @@ def _check(values: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[dict[
     soft, hard = checked.get("soft_time_limit"), checked.get("time_limit")
     if soft and hard and soft >= hard:
         errors.append(f"soft_time_limit must be less than time_limit ({hard:g} s), got {soft:g}")
-    return checked, errors
+    return checked, errors + _check_pool(checked)
+
+
+def _check_pool(checked: Mapping[str, Any]) -> list[str]:
+    """What does not go together; the pool for debuggers takes any settings, and one job at a time."""
+    pool, errors = checked.get("pool", "prefork"), []
+    if pool == "prefork" and checked.get("processes", 1) != 1:
+        errors.append(
+            f"processes is for the pools {' and '.join(SLOTS)}, whose executors run several jobs each; "
+            "prefork has as many executors as concurrency"
+        )
+    if pool in SLOTS and checked.get("autoscale") is not None:
+        errors.append(f"autoscale is for pool prefork; pool {pool} keeps its executors")
+    return errors
 
 
 def _check_lease(lease: float, heartbeat: float) -> list[str]:
@@ -241,6 +283,20 @@ def _count(value: object, most: int = int(_MOST)) -> int:
 
 def _concurrency(value: object) -> int:
     return _count(value, most=MAX_CONCURRENCY)
+
+
+def _concurrency_or_none(value: object) -> int | None:
+    return None if value is None else _concurrency(value)
+
+
+def _processes(value: object) -> int:
+    return _count(value, most=MAX_PROCESSES)
+
+
+def _pool(value: object) -> str:
+    if value not in POOLS:
+        raise ValueError(f"must be one of {', '.join(POOLS)}, got {shown(value)}")
+    return str(value)
 
 
 def _count_or_none(value: object) -> int | None:
@@ -336,7 +392,9 @@ _RULES: Final[dict[str, Callable[[object], Any]]] = {
     "heartbeat": _positive,
     "lease": _positive,
     "shutdown_timeout": _from_zero,
-    "concurrency": _concurrency,
+    "pool": _pool,
+    "concurrency": _concurrency_or_none,
+    "processes": _processes,
     "autoscale": _autoscale,
     "max_tasks_per_child": _count_or_none,
     "max_memory_per_child": _count_or_none,
@@ -355,4 +413,5 @@ _RULES: Final[dict[str, Callable[[object], Any]]] = {
 }
 _NUMBERS: Final = frozenset(_RULES) - {
     *("dsn", "listen", "listen_dsn", "schema", "log_level", "queue", "health_host", "autoscale"),
+    "pool",
 }

@@ -11,7 +11,7 @@ import click
 from pgqueue import __version__
 from pgqueue.cli.context import Context
 from pgqueue.cli.status import ExitStatus, leaving_when_asked
-from pgqueue.config import LOG_FORMAT, LOG_LEVELS, Config
+from pgqueue.config import LOG_FORMAT, LOG_LEVELS, MAX_PROCESSES, POOLS, Config
 from pgqueue.errors import shown
 from pgqueue.job import check_queue
 
@@ -53,6 +53,7 @@ Examples:
   pgqueue -A shop.app:app worker
   pgqueue -A shop.app:app worker -Q high,normal -c 4
   pgqueue -A shop.app:app worker -Q high:3,normal:1
+  pgqueue -A shop.app:app worker --pool asyncio -c 200
   pgqueue -A shop.app:app worker --autoscale 8,2 --max-memory-per-child 200000
 
 SIGTERM, SIGHUP or Ctrl-C: finish what is running, give the rest back, leave. A second one (half a second
@@ -65,7 +66,20 @@ later or more) or SIGQUIT does not wait."""
     help="Queues to serve, the first before the second; name:weight shares instead.  [default: all]",
 )
 @click.option(
-    "-c", "--concurrency", type=click.IntRange(1, 1024), help="Jobs at a time.  [default: usable CPUs]"
+    "--pool",
+    type=click.Choice(POOLS),
+    help="What jobs run in: processes, threads or coroutines; solo is for debuggers.  [default: prefork]",
+)
+@click.option(
+    "-c",
+    "--concurrency",
+    type=click.IntRange(1, 1024),
+    help="Jobs at a time, in each process.  [default: usable CPUs; 10 threads; 100 coroutines]",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(1, MAX_PROCESSES),
+    help="Processes of threads or coroutines.  [default: 1]",
 )
 @click.option(
     "--autoscale",
@@ -122,7 +136,9 @@ later or more) or SIGQUIT does not wait."""
 def worker(
     context: Context,
     queues: str | None,
+    pool: str | None,
     concurrency: int | None,
+    processes: int | None,
     autoscale: str | None,
     max_tasks_per_child: int | None,
     max_memory_per_child: int | None,
@@ -146,6 +162,8 @@ def worker(
         raise click.UsageError("a worker needs an application: pgqueue -A module:attribute worker")
     if concurrency is not None and autoscale is not None:
         raise click.UsageError("-c and --autoscale exclude each other: give one of them")
+    if pool == "solo" and (concurrency or processes or autoscale):
+        raise click.UsageError("pool solo runs one job at a time: leave -c, --processes and --autoscale out")
     try:
         names, weights = parse_queues(queues)
     except ValueError as error:
@@ -153,7 +171,9 @@ def worker(
     flags = {
         "dsn": context.dsn,
         "schema": context.schema,
+        "pool": pool,
         "concurrency": concurrency,
+        "processes": processes,
         "autoscale": autoscale,
         "max_tasks_per_child": max_tasks_per_child,
         "max_memory_per_child": max_memory_per_child,

@@ -27,7 +27,7 @@ from pgqueue.job import OWN_HEADER
 from pgqueue.result import current_request
 from pgqueue.retry import Again
 from pgqueue.shapes import class_name
-from pgqueue.worker.interrupts import Alarm, interruptible
+from pgqueue.worker.interrupts import Interrupter, interruptible
 from pgqueue.worker.tracebacks import describe
 from pgqueue.worker.wire import Cancelled, Failed, Job, Snoozed, Succeeded, clock
 
@@ -47,11 +47,12 @@ Outcome = Succeeded | Failed | Snoozed | Cancelled
 
 
 class Body:
-    """Runs jobs of `app`, one at a time, in the main thread, where `alarm` rings."""
+    """Runs jobs of `app`, one at a time, where `control` can interrupt them."""
 
-    def __init__(self, app: PgQueue, alarm: Alarm) -> None:
+    def __init__(self, app: PgQueue, control: Interrupter) -> None:
         self._app = app
-        self._alarm = alarm
+        self._limited = app.config.limited
+        self._control = control
         self._runner: asyncio.Runner | None = None
         self._random = Random()
         self._recursion_limit = sys.getrecursionlimit()
@@ -59,63 +60,94 @@ class Body:
     def run(self, job: Job) -> Outcome:
         """Run one job to its end; never raises, whatever the body does."""
         started = clock()
-        try:
-            return self._run(job, started)
-        except BaseException as error:
-            # Looking at what the body raised, or returned, has raised in turn.
-            task = self._app.tasks.get(job.task)
-            return _shapeless(job, started, error, task.dead_letter_queue if task is not None else None)
-
-    def _run(self, job: Job, started: float) -> Outcome:
         task: Task[Any, Any] | None = None
         try:
-            task = self._app.find_task(job.task)
-            args, kwargs = task.codec.decode(job.args, job.kwargs)
-            failpoint("body_before")
-            headers, own = _headers(job)
-            request = _request(job, args, kwargs, headers)
-            soft = own.get("soft_time_limit", task.soft_time_limit)
             try:
-                value = self._call(task, request, job.number, soft)
-            finally:
-                if sys.getrecursionlimit() < self._recursion_limit:  # what comes now must not be cut short
-                    sys.setrecursionlimit(self._recursion_limit)
-            failpoint("body_after")
-        except TaskCancelled:
-            return Cancelled(job.number, started, clock())
-        except UnknownTask as error:
-            if task is not None:  # the body looked for another one
-                return self._failed(job, started, error, task)
-            return _dead(job, started, error, "unknown_task", self._app.route(job.task).dead_letter_queue)
-        except PayloadError as error:
-            if task is None or error.__traceback__ is None or _raised_by_task(error, task):
-                return self._failed(job, started, error, task)
-            return _dead(job, started, error, "bad_payload", task.dead_letter_queue)
+                task = self._app.find_task(job.task)
+                request, soft = self._prepare(job, task)
+                try:
+                    value = self._call(task, request, job.number, soft)
+                finally:
+                    if sys.getrecursionlimit() < self._recursion_limit:  # the rest must not be cut short
+                        sys.setrecursionlimit(self._recursion_limit)
+                failpoint("body_after")
+            except BaseException as error:
+                return self._raised(job, started, task, error)
+            return _returned(job, started, task, value)
         except BaseException as error:
-            return self._failed(job, started, error, task)
-        finished = clock()
-        if value is None or task.ignore_result:
-            return Succeeded(job.number, started, finished)
-        result, result_error = encode_result(value)
-        return Succeeded(job.number, started, finished, result, result_error)
+            # Looking at what the body raised, or returned, has raised in turn.
+            return _shapeless(job, started, error, task)
+
+    async def arun(self, job: Job) -> Outcome:
+        """Run one job of an `async def` task on the loop that runs already; else the same."""
+        started = clock()
+        task: Task[Any, Any] | None = None
+        try:
+            try:
+                task = self._app.find_task(job.task)
+                request, soft = self._prepare(job, task)
+                value = await self._acall(task, request, job.number, soft)
+                failpoint("body_after")
+            except BaseException as error:
+                return self._raised(job, started, task, error)
+            return _returned(job, started, task, value)
+        except BaseException as error:
+            return _shapeless(job, started, error, task)
+
+    def _prepare(self, job: Job, task: Task[Any, Any]) -> tuple[Request, float | None]:
+        """What the task sees of its job, and its soft limit."""
+        args, kwargs = task.codec.decode(job.args, job.kwargs)
+        failpoint("body_before")
+        headers, own = _headers(job)
+        soft = own.get("soft_time_limit", task.soft_time_limit) if self._limited else None
+        return _request(job, args, kwargs, headers), soft
+
+    def _raised(self, job: Job, started: float, task: Task[Any, Any] | None, error: BaseException) -> Outcome:
+        kind = type(error)  # asking for the class it claims may run its code
+        if issubclass(kind, TaskCancelled):
+            return Cancelled(job.number, started, clock())
+        if issubclass(kind, UnknownTask) and task is None:  # else the body looked for another one
+            return _dead(job, started, error, "unknown_task", self._app.route(job.task).dead_letter_queue)
+        if (
+            issubclass(kind, PayloadError)
+            and task is not None
+            and error.__traceback__ is not None
+            and not _raised_by_task(error, task)
+        ):
+            return _dead(job, started, error, "bad_payload", task.dead_letter_queue)
+        return self._failed(job, started, error, task)
 
     def _call(self, task: Task[Any, Any], request: Request, number: int, soft: float | None) -> Any:
         """Run the function, and what it returns if that is a coroutine; told to end after `soft` seconds."""
+        control = self._control
         token = current_request.set(request)
         try:
-            self._alarm.enter(number)
+            control.enter(number)
             if soft and not task.is_async:
-                with self._alarm.set(soft, _told(soft)):
-                    value = task.run(request, self._alarm)
+                with control.set(soft, _told(soft)):
+                    value = task.run(request, control)
             else:
-                value = task.run(request, self._alarm)
+                value = task.run(request, control)
             if type(value) is not CoroutineType:  # asking for the class it claims may run its code
                 return value
-            self._alarm.hold()
+            control.hold()
             told = _told(soft) if soft else None
-            return self._await(interruptible(value, told, soft, hand_over=self._alarm.hand_over), request)
+            return self._await(interruptible(value, told, soft, hand_over=control.hand_over), request)
         finally:
-            self._alarm.leave()
+            control.leave()
+            current_request.reset(token)
+
+    async def _acall(self, task: Task[Any, Any], request: Request, number: int, soft: float | None) -> Any:
+        control = self._control
+        token = current_request.set(request)
+        try:
+            control.enter(number)
+            control.hold()
+            told = _told(soft) if soft else None
+            value = task.run(request, control)
+            return await interruptible(value, told, soft, hand_over=control.hand_over)
+        finally:
+            control.leave()
             current_request.reset(token)
 
     def _await(self, coroutine: Coroutine[Any, Any, T], request: Request) -> T:
@@ -172,7 +204,15 @@ class Body:
         return failed
 
 
-def _shapeless(job: Job, started: float, error: BaseException, dead_letter_queue: str | None) -> Failed:
+def _returned(job: Job, started: float, task: Task[Any, Any], value: Any) -> Succeeded:
+    finished = clock()
+    if value is None or task.ignore_result:
+        return Succeeded(job.number, started, finished)
+    result, result_error = encode_result(value)
+    return Succeeded(job.number, started, finished, result, result_error)
+
+
+def _shapeless(job: Job, started: float, error: BaseException, task: Task[Any, Any] | None) -> Failed:
     name = clean_text(class_name(type(error)), 512)
     return Failed(
         job.number,
@@ -182,7 +222,7 @@ def _shapeless(job: Job, started: float, error: BaseException, dead_letter_queue
         f"(looking at the error of the task raised {name})",
         "",
         reason="not_retryable",
-        dead_letter_queue=dead_letter_queue,
+        dead_letter_queue=task.dead_letter_queue if task is not None else None,
     )
 
 

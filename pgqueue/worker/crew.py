@@ -11,7 +11,7 @@ import asyncio
 import logging
 from typing import Protocol
 
-from pgqueue.worker.dispatcher import Dispatcher, Member
+from pgqueue.worker.dispatcher import Dispatcher, Executor
 
 log = logging.getLogger("pgqueue.worker")
 
@@ -30,7 +30,7 @@ class Processes(Protocol):
     def fork(self) -> None:
         """Ask for one more."""
 
-    def retire(self, member: Member) -> None:
+    def retire(self, executor: Executor) -> None:
         """Let one without jobs leave."""
 
 
@@ -40,13 +40,17 @@ class Crew:
     Args:
         most: Executors at most.
         least: Executors at least; their number follows the work in between.
+        slots: Of each executor.
     """
 
-    def __init__(self, processes: Processes, dispatcher: Dispatcher, *, most: int, least: int) -> None:
+    def __init__(
+        self, processes: Processes, dispatcher: Dispatcher, *, most: int, least: int, slots: int = 1
+    ) -> None:
         self._processes = processes
         self._dispatcher = dispatcher
         self._most = most
         self._least = least
+        self._slots = slots
         self._loop = asyncio.get_running_loop()
         self._delay = RESTART_FIRST
         self._dismissed = False
@@ -62,20 +66,20 @@ class Crew:
             for _ in range(missing):
                 self._processes.fork()
 
-    def ready(self, member: Member) -> None:
+    def ready(self, executor: Executor) -> None:
         """One is up."""
-        self._dispatcher.members[member.index] = member
+        self._dispatcher.executors[executor.index] = executor
         self._delay = RESTART_FIRST
 
-    def gone(self, member: Member) -> bool:
+    def gone(self, executor: Executor) -> bool:
         """One has ended; returns whether it was to leave.
 
         Another one takes its place, later each time when they die before they are ready.
         """
-        self._told.discard(member.index)
-        leaving = member in self._dispatcher.leaving
+        self._told.discard(executor.index)
+        leaving = executor in self._dispatcher.leaving
         if leaving:
-            self._dispatcher.leaving.remove(member)
+            self._dispatcher.leaving.remove(executor)
             self.fill()
         else:
             self._loop.call_later(self._delay, self.fill)
@@ -87,10 +91,10 @@ class Crew:
         if not self._dispatcher.leaving:
             return
         self.fill()
-        for member in self._dispatcher.leaving:
-            if not member.in_flight and member.index not in self._told:
-                self._told.add(member.index)
-                self._processes.retire(member)
+        for executor in self._dispatcher.leaving:
+            if not executor.busy and executor.index not in self._told:
+                self._told.add(executor.index)
+                self._processes.retire(executor)
 
     def scale(self, now: float) -> None:
         """Follow the work: grow as soon as a job waits for a slot, shrink when some were not needed for a
@@ -99,7 +103,7 @@ class Crew:
         if self._most == self._least:
             return
         dispatcher = self._dispatcher
-        busy = sum(bool(member.in_flight) for member in dispatcher.members.values())
+        busy = sum(executor.busy for executor in dispatcher.executors.values())
         self._busiest = max(self._busiest, busy + dispatcher.waiting)
         if dispatcher.waiting and not dispatcher.free_slots and self._wanted < self._most:
             self._resize(min(self._wanted + dispatcher.waiting, self._most))
@@ -114,14 +118,15 @@ class Crew:
         self._dismissed = True
 
     def _shrink(self, wanted: int) -> None:
-        idle = [m for m in self._dispatcher.members.values() if not m.in_flight and not m.retiring]
-        for member in idle[: max(self._wanted - wanted, 0)]:
-            self._dispatcher.retire(member)
+        idle = [e for e in self._dispatcher.executors.values() if not e.busy and not e.retiring]
+        for executor in idle[: max(self._wanted - wanted, 0)]:
+            self._dispatcher.retire(executor)
             self._resize(self._wanted - 1)
         self.renew()
 
     def _resize(self, wanted: int) -> None:
         if self._least < self._most:
             log.info("crew_resized executors=%d", wanted)
-        self._wanted = self._dispatcher.slots = wanted
-        self._dispatcher.spare = self._most - wanted
+        self._wanted = wanted
+        self._dispatcher.most = wanted * self._slots
+        self._dispatcher.spare = (self._most - wanted) * self._slots

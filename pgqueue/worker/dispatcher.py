@@ -1,19 +1,21 @@
 """Which job goes to which executor, and how many to claim: the supervisor's memory of what it holds.
 
+A slot runs one job at a time; an executor has one slot or, where it runs threads or coroutines, several.
+
 A claimed job waits here, not in a child. Long jobs are claimed one per free slot; short ones up to about 100
-ms of work ahead, by a moving average. An executor gets a small chunk of sub-millisecond jobs, else one job at
+ms of work ahead, by a moving average. A slot gets a small chunk of sub-millisecond jobs, else one job at
 a time, so no job waits behind a long one while another slot is free. When a chunk stalls its rest is taken
 back; what waits here for half a second goes back to the database, for whoever has a free slot.
 
-What a crash costs: the one job that was running in a dead executor. Nothing here talks to processes or to the
-database; the clock is a parameter.
+What a crash costs: the jobs that were running in a dead executor, one per slot. Nothing here talks to
+processes or to the database; the clock is a parameter.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
@@ -35,9 +37,11 @@ PREFETCH_TIME = 0.1
 PREFETCH_JOBS = 2 * CLAIM_LIMIT
 STALL = 0.02
 """Seconds a job of a chunk may run before the rest of its chunk is taken back."""
+OTHERS_GRACE = 5.0
+"""Seconds that the other jobs of an executor have to end when one of them has reached its hard limit."""
 CANCEL_GRACE = 10.0
 """Seconds a run that was told of its cancellation has to end."""
-STRANDED = 0.5
+STRANDED = 0.4
 """Seconds a claimed job may wait for a slot before it goes back to the database."""
 
 
@@ -76,30 +80,55 @@ class Pace:
 
 
 @dataclass(slots=True, eq=False)
-class Member:
-    """One executor, as its supervisor sees it.
+class Executor:
+    """One child process, as its supervisor sees it.
 
     Attributes:
-        in_flight: Jobs sent and not reported yet, by number, in order.
-        progress: The job number seen on the board last, and since when.
+        slots: What it runs jobs in.
         retiring: Gets no more jobs.
-        cancelling: Numbers of jobs that were told to end because somebody wants them cancelled, and since
-            when.
-        overdue: The number of the job it was killed for, at its hard time limit; 0 for none.
-        garbled: A task has written where it should not: what the board says may be wrong too.
+        sent: Jobs it has got in its life.
+        ends_at: It is killed then at the latest, because one of its jobs has reached its hard time limit.
+        garbled: A task has written where it should not: what the boards say may be wrong too.
     """
 
     index: int
-    pid: int
+    pid: int = 0
+    ready: bool = False
+    retiring: bool = False
+    sent: int = 0
+    ends_at: float | None = None
+    garbled: bool = False
+    slots: list[Slot] = field(default_factory=list)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has a job."""
+        return any(slot.in_flight for slot in self.slots)
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """Where an executor runs one job after another.
+
+    Attributes:
+        number: Which of its executor's slots it is, from 0.
+        in_flight: Jobs sent and not reported yet, by number, in order.
+        progress: The job number seen on the board last, and since when.
+        cancelling: Numbers of jobs that were told to end because somebody wants them cancelled, and since
+            when.
+        overdue: The number of the job that has reached its hard time limit; 0 for none.
+        stuck: At the last look its job had been running for longer than one of a chunk should.
+    """
+
+    executor: Executor
+    number: int
     board: Board
     in_flight: dict[int, ClaimedJob] = field(default_factory=dict)
     next_number: int = 1
     progress: tuple[int, float] = (0, 0.0)
-    ready: bool = False
-    retiring: bool = False
     cancelling: dict[int, float] = field(default_factory=dict)
     overdue: int = 0
-    garbled: bool = False
+    stuck: bool = False
 
 
 class Dispatcher:
@@ -108,12 +137,14 @@ class Dispatcher:
     Args:
         max_crashes: Of tasks that name none.
         max_tasks: Jobs an executor may get in its life; None for any number.
+        limited: Whether jobs are killed that go on for too long.
 
     Attributes:
         outcomes: What became of jobs, waiting to be acked.
         leaving: Executors that get no more jobs.
-        slots: Executors that may run jobs at a time; one that leaves counts until its last job has ended.
-        spare: Executors that could be started if there were jobs for them.
+        most: Slots that may run jobs at a time; those of an executor that leaves count until their job has
+            ended.
+        spare: Slots that could be started if there were jobs for them.
         stale: How many acks found their job in other hands.
     """
 
@@ -122,21 +153,30 @@ class Dispatcher:
         *,
         max_crashes: int,
         max_tasks: int | None = None,
+        limited: bool = True,
         random: Random | None = None,
     ) -> None:
-        self.leaving: list[Member] = []
-        self.slots = MAX_CONCURRENCY
+        self.leaving: list[Executor] = []
+        self.most = MAX_CONCURRENCY
         self.spare = 0
-        self.members: dict[int, Member] = {}
+        self.executors: dict[int, Executor] = {}
         self.outcomes: list[Outcome] = []
         self.pace = Pace()
         self.tasks: Mapping[str, TaskFacts] = {}
         self.succeeded = self.failed = self.crashed = self.stale = 0
         self._max_crashes = max_crashes
         self._max_tasks = max_tasks
+        self._limited = limited
         self._random = random or Random()
         self._waiting: deque[ClaimedJob] = deque()
         self._waiting_since = 0.0
+        self._condemned: list[Executor] = []
+
+    @property
+    def slots(self) -> Iterator[Slot]:
+        """The slots of all executors."""
+        for executor in self.executors.values():
+            yield from executor.slots
 
     @property
     def waiting(self) -> int:
@@ -146,30 +186,32 @@ class Dispatcher:
     @property
     def in_flight(self) -> int:
         """Jobs that executors have."""
-        return sum(len(member.in_flight) for member in self.members.values())
+        return sum(len(slot.in_flight) for slot in self.slots)
 
     @property
     def holds(self) -> set[str]:
         """Ids of all jobs claimed and not acked yet."""
         ids = {job.id for job in self._waiting}
         ids.update(outcome.id for outcome in self.outcomes)
-        for member in self.members.values():
-            ids.update(job.id for job in member.in_flight.values())
+        for slot in self.slots:
+            ids.update(job.id for job in slot.in_flight.values())
         return ids
 
     @property
     def free_slots(self) -> int:
-        """Executors that could start a job now."""
-        return sum(not member.in_flight for member in self._usable())
+        """Slots that could start a job now."""
+        return sum(not slot.in_flight for slot in self._usable())
 
     def wanted(self) -> int:
         """How many jobs to claim now."""
-        usable = len(self._usable())
+        usable = self._usable()
         average = self.pace.average
         target = 0
         if average is not None and average < PREFETCH_TIME:
-            target = min(int(usable * PREFETCH_TIME / max(average, 1e-6)), PREFETCH_JOBS)
-        if target > usable:
+            # Slots whose jobs turned out long need nothing ahead, whatever was expected of them.
+            flowing = sum(not slot.stuck for slot in usable)
+            target = min(int(flowing * PREFETCH_TIME / max(average, 1e-6)), PREFETCH_JOBS)
+        if target > len(usable):
             # Half a buffer of slack makes claims large instead of frequent.
             return min(target - self.waiting, CLAIM_LIMIT) if self.waiting <= target // 2 else 0
         return max(self.free_slots + self.spare - self.waiting, 0)
@@ -185,34 +227,35 @@ class Dispatcher:
             else:
                 self._waiting.append(job)
 
-    def assign(self, now: float) -> list[tuple[Member, list[Job]]]:
+    def assign(self, now: float) -> list[tuple[Slot, list[Job]]]:
         """Jobs to send, by executor. A job without arguments is alone in its list: they must be loaded
         first.
         """
-        sendings: list[tuple[Member, list[Job]]] = []
+        sendings: list[tuple[Slot, list[Job]]] = []
         if not self._waiting:
             return sendings
         # Idle executors first: topping up a busy one must not leave another without work.
-        for member in sorted(self._usable(), key=lambda member: len(member.in_flight)):
-            if self._is_stuck(member, now):
+        for slot in sorted(self._usable(), key=lambda slot: len(slot.in_flight)):
+            if slot.executor.retiring or self._is_stuck(slot, now):
                 continue
-            chunk = self._chunk(member)
+            chunk = self._chunk(slot)
             if chunk:
-                if not member.in_flight:
-                    member.progress = (member.board.started, now)
-                sendings.append((member, [self._send(member, job) for job in chunk]))
+                if not slot.in_flight:
+                    slot.progress = (slot.board.started, now)
+                sendings.append((slot, [self._send(slot, job) for job in chunk]))
                 self._waiting_since = now
             if not self._waiting:
                 break
         return sendings
 
-    def finished(self, member: Member, message: Succeeded | Failed | Snoozed | Cancelled) -> None:
+    def finished(self, slot: Slot, message: Succeeded | Failed | Snoozed | Cancelled) -> None:
         """An executor reports an outcome; one for a job it no longer has is ignored."""
-        job = member.in_flight.pop(message.number, None)
+        job = slot.in_flight.pop(message.number, None)
         if job is None:
             return
+        slot.stuck = False
         self.pace.observe(job.task, message.finished - message.started)
-        cancelled = member.cancelling.pop(message.number, None) is not None
+        cancelled = slot.cancelling.pop(message.number, None) is not None
         if isinstance(message, Succeeded):
             self.succeeded += 1
             self.outcomes.append(
@@ -250,25 +293,26 @@ class Dispatcher:
             traceback=message.traceback,
         )
 
-    def skipped(self, member: Member, message: Skipped) -> None:
+    def skipped(self, slot: Slot, message: Skipped) -> None:
         """An executor reports that it did not start a job, because the job was taken back."""
-        job = member.in_flight.pop(message.number, None)
+        job = slot.in_flight.pop(message.number, None)
         if job is not None:
             self._waiting.appendleft(job)
 
-    def retire(self, member: Member) -> None:
+    def retire(self, executor: Executor) -> None:
         """This executor gets no more jobs."""
-        if not member.retiring:
-            member.retiring = True
-            self.leaving.append(member)
+        if not executor.retiring:
+            executor.retiring = True
+            self.leaving.append(executor)
 
-    def has(self, member: Member, number: int) -> bool:
+    def has(self, slot: Slot, number: int) -> bool:
         """Whether this executor is there and still has that job."""
-        return self.members.get(member.index) is member and number in member.in_flight
+        here = self.executors.get(slot.executor.index) is slot.executor
+        return here and number in slot.in_flight
 
-    def unreadable(self, member: Member, number: int, why: str) -> None:
+    def unreadable(self, slot: Slot, number: int, why: str) -> None:
         """The arguments of a job that was to be sent cannot be read from the database."""
-        job = member.in_flight.pop(number)
+        job = slot.in_flight.pop(number)
         self._end(
             job,
             verb="bury",
@@ -277,31 +321,37 @@ class Dispatcher:
             error_message=f"the arguments cannot be read: {why}"[:1000],
         )
 
-    def gone(self, member: Member, death: str, *, by_us: bool = False) -> ClaimedJob | None:
-        """An executor is dead: its running job has crashed (or, killed `by_us`, goes back unless its task
+    def gone(self, executor: Executor, death: str, *, by_us: bool = False) -> list[tuple[Slot, ClaimedJob]]:
+        """An executor is dead: its running jobs have crashed (or, killed `by_us`, go back unless their tasks
         must not run twice), its others wait again.
 
-        Returns the job that was running.
+        Returns the jobs that were running, and where.
         """
-        self.members.pop(member.index, None)
+        self.executors.pop(executor.index, None)
+        if executor in self._condemned:
+            self._condemned.remove(executor)
+        ended = ((slot, self._slot_gone(slot, death, by_us)) for slot in executor.slots)
+        return [(slot, job) for slot, job in ended if job is not None]
+
+    def _slot_gone(self, slot: Slot, death: str, by_us: bool) -> ClaimedJob | None:
         # Outcomes come in order, so what runs is the first, if anything does.
-        first = min(member.in_flight, default=0)
-        ran = member.garbled or member.board.started >= first
-        running = member.in_flight.pop(first, None) if ran else None
-        self._waiting.extendleft(reversed(member.in_flight.values()))
-        member.in_flight.clear()
+        first = min(slot.in_flight, default=0)
+        ran = slot.executor.garbled or slot.board.started >= first
+        running = slot.in_flight.pop(first, None) if ran else None
+        self._waiting.extendleft(reversed(slot.in_flight.values()))
+        slot.in_flight.clear()
         if running is None:
             return None
         facts = self._facts(running.task)
-        if first in member.cancelling:
-            told = member.cancelling[first]
+        if first in slot.cancelling:
+            told = slot.cancelling[first]
             self._end(running, verb="finish", state="cancelled", started=told, finished=told)
             return running
-        if member.overdue == first:
+        if slot.overdue == first:
             self._end_overdue(running, facts)
             return running
-        if member.overdue:  # it was killed for the job before, which has ended after all
-            by_us, member.overdue = True, 0
+        if slot.executor.ends_at is not None:  # it was killed for another job
+            by_us, slot.overdue = True, 0
         if by_us and not facts.runs_once:
             self._end(running, verb="release", queue=running.queue)
             return running
@@ -319,40 +369,62 @@ class Dispatcher:
         )
         return running
 
-    def cancel(self, ids: Collection[str], now: float) -> list[Member]:
+    def cancel(self, ids: Collection[str], now: float) -> list[Executor]:
         """Somebody wants these jobs cancelled: what waits ends here; returns the executors to be told."""
-        told = []
-        for member in self.members.values():
-            mine = {number for number, job in member.in_flight.items() if job.id in ids}
-            if mine and max(mine) > member.board.started:
-                self._recall(member)
-            for number in mine & member.in_flight.keys() - member.cancelling.keys():
-                member.cancelling[number] = now
-                member.board.cancelled = number
-                told.append(member)
+        told: list[Executor] = []
+        for slot in self.slots:
+            mine = {number for number, job in slot.in_flight.items() if job.id in ids}
+            if mine and max(mine) > slot.board.started:
+                self._recall(slot)
+            for number in mine & slot.in_flight.keys() - slot.cancelling.keys():
+                slot.cancelling[number] = now
+                slot.board.cancelled = number
+                if slot.executor not in told:
+                    told.append(slot.executor)
         for job in [job for job in self._waiting if job.id in ids]:
             self._waiting.remove(job)
             self._end(job, verb="finish", state="cancelled", started=now, finished=now)
         return told
 
-    def kill_overdue(self, now: float) -> list[Member]:
-        """The executors to be killed, each once: their job has reached its hard time limit, or was cancelled
-        and goes on.
+    def kill_overdue(self, now: float) -> list[Executor]:
+        """The executors to be killed, each once: a job of theirs has reached its hard time limit, or was
+        cancelled and goes on.
+
+        Such an executor gets no more jobs, and the others that it runs have a few seconds to end.
         """
-        found = []
-        for member in self.members.values():
-            job = self._running(member, now)
-            if job is None or member.overdue:
+        for slot in self.slots:
+            job = self._running(slot, now)
+            if job is None or slot.overdue:
                 continue
             limit = self.time_limit(job)
-            ignores = now - member.cancelling.get(member.board.started, now) >= CANCEL_GRACE
-            if ignores or (limit and now - member.progress[1] >= limit):
-                member.overdue = member.board.started
-                found.append(member)
+            ignores = self._limited and now - slot.cancelling.get(slot.board.started, now) >= CANCEL_GRACE
+            if ignores or (limit and now - slot.progress[1] >= limit):
+                slot.overdue = slot.board.started
+                self._condemn(slot.executor, now)
+        found = [executor for executor in self._condemned if self._must_end(executor, now)]
+        for executor in found:
+            self._condemned.remove(executor)
         return found
+
+    def _condemn(self, executor: Executor, now: float) -> None:
+        if executor.ends_at is not None:
+            return
+        executor.ends_at = now + OTHERS_GRACE
+        self._condemned.append(executor)
+        if len(executor.slots) > 1:
+            self.retire(executor)
+            for slot in executor.slots:
+                self._recall(slot)
+
+    @staticmethod
+    def _must_end(executor: Executor, now: float) -> bool:
+        others = any(slot.in_flight and not slot.overdue for slot in executor.slots)
+        return not others or (executor.ends_at is not None and now >= executor.ends_at)
 
     def time_limit(self, job: ClaimedJob) -> float | None:
         """Seconds after which this job is killed: its own limit, or its task's; None or 0 for never."""
+        if not self._limited:
+            return None
         if OWN_HEADER in job.headers:
             with contextlib.suppress(msgspec.DecodeError, RecursionError):
                 limit = msgspec.json.decode(job.headers, type=_Headers).pgqueue.time_limit
@@ -362,17 +434,18 @@ class Dispatcher:
 
     def take_back_stalled(self, now: float) -> None:
         """Take jobs back from executors whose current job runs longer than its chunk should."""
-        for member in self.members.values():
-            if not member.in_flight:
+        for slot in self.slots:
+            if not slot.in_flight:
                 continue
-            started = member.board.started
-            if started != member.progress[0]:
-                member.progress = (started, now)
-            elif len(member.in_flight) > 1 and self._is_stuck(member, now):
-                self._recall(member)
-                running = member.in_flight.get(started)
+            started = slot.board.started
+            slot.stuck = self._is_stuck(slot, now)
+            if started != slot.progress[0]:
+                slot.progress = (started, now)
+            elif len(slot.in_flight) > 1 and slot.stuck:
+                self._recall(slot)
+                running = slot.in_flight.get(started)
                 if running is not None:
-                    self.pace.observe(running.task, now - member.progress[1])
+                    self.pace.observe(running.task, now - slot.progress[1])
 
     def _end_overdue(self, job: ClaimedJob, facts: TaskFacts) -> None:
         """A job was killed at its hard time limit: dead, unless its task's policy says otherwise."""
@@ -395,9 +468,9 @@ class Dispatcher:
 
     def take_back_all(self) -> None:
         """Take back all that has not started: the drain."""
-        for member in self.members.values():
-            if member.in_flight:
-                self._recall(member)
+        for slot in self.slots:
+            if slot.in_flight:
+                self._recall(slot)
 
     def drop_waiting(self, worker: str) -> None:
         """Forget what waits here under a name that was fenced: others take it back."""
@@ -419,42 +492,48 @@ class Dispatcher:
     def running_for(self, seconds: float, now: float) -> list[str]:
         """Ids of the jobs known to have been running for so long."""
         found: list[str] = []
-        for member in self.members.values():
-            job = self._running(member, now)
-            if job is not None and now - member.progress[1] >= seconds:
+        for slot in self.slots:
+            job = self._running(slot, now)
+            if job is not None and now - slot.progress[1] >= seconds:
                 found.append(job.id)
         return found
 
     @staticmethod
-    def _running(member: Member, now: float) -> ClaimedJob | None:
+    def _running(slot: Slot, now: float) -> ClaimedJob | None:
         """The job it runs, as the board says."""
-        started = member.board.started
-        if member.progress[0] != started:
-            member.progress = (started, now)
-        return member.in_flight.get(started)
+        started = slot.board.started
+        if slot.progress[0] != started:
+            slot.progress = (started, now)
+        return slot.in_flight.get(started)
 
     @staticmethod
-    def _is_stuck(member: Member, now: float) -> bool:
+    def _is_stuck(slot: Slot, now: float) -> bool:
         """Whether its current job has been running for longer than one of a chunk should."""
-        started, since = member.progress
-        return bool(member.in_flight) and member.board.started == started and now - since >= STALL
+        started, since = slot.progress
+        return bool(slot.in_flight) and slot.board.started == started and now - since >= STALL
 
-    def _usable(self) -> list[Member]:
-        leaving = sum(member.retiring and bool(member.in_flight) for member in self.members.values())
-        staying = (member for member in self.members.values() if member.ready and not member.retiring)
-        return list(islice(staying, max(self.slots - leaving, 0)))
+    def _usable(self) -> list[Slot]:
+        leaving = sum(bool(slot.in_flight) for executor in self.leaving for slot in executor.slots)
+        staying = (
+            slot
+            for executor in self.executors.values()
+            if executor.ready and not executor.retiring
+            for slot in executor.slots
+        )
+        return list(islice(staying, max(self.most - leaving, 0)))
 
-    def _chunk(self, member: Member) -> list[ClaimedJob]:
+    def _chunk(self, slot: Slot) -> list[ClaimedJob]:
         """The next jobs for one executor; empty when it has enough."""
         waiting, expect = self._waiting, self.pace.expect
-        room = min(CHUNK_JOBS - len(member.in_flight), max(1, len(waiting) // max(1, len(self.members))))
+        slots = sum(len(executor.slots) for executor in self.executors.values())
+        room = min(CHUNK_JOBS - len(slot.in_flight), max(1, len(waiting) // slots))
         if self._max_tasks is not None:
-            room = min(room, self._max_tasks + 1 - member.next_number)
+            room = min(room, self._max_tasks - slot.executor.sent)
         planned = 0.0
-        if member.in_flight:
+        if slot.in_flight:
             if room < CHUNK_JOBS // 2:
                 return []
-            for job in member.in_flight.values():
+            for job in slot.in_flight.values():
                 expected = expect(job.task)
                 if expected is None or expected > SHORT:
                     return []
@@ -464,7 +543,7 @@ class Dispatcher:
             job = waiting[0]
             expected = expect(job.task)
             if expected is None or expected > SHORT or job.args is None:
-                if not chunk and not member.in_flight:
+                if not chunk and not slot.in_flight:
                     chunk.append(waiting.popleft())
                 break
             planned += expected
@@ -473,12 +552,14 @@ class Dispatcher:
             chunk.append(waiting.popleft())
         return chunk
 
-    def _send(self, member: Member, job: ClaimedJob) -> Job:
-        number = member.next_number
-        member.next_number += 1
-        member.in_flight[number] = job
-        if self._max_tasks is not None and number >= self._max_tasks:
-            self.retire(member)
+    def _send(self, slot: Slot, job: ClaimedJob) -> Job:
+        number = slot.next_number
+        slot.next_number += 1
+        slot.in_flight[number] = job
+        executor = slot.executor
+        executor.sent += 1
+        if self._max_tasks is not None and executor.sent >= self._max_tasks:
+            self.retire(executor)
         return self.message(number, job)
 
     @staticmethod
@@ -501,9 +582,9 @@ class Dispatcher:
             job.worker,
         )
 
-    def _recall(self, member: Member) -> None:
-        first = member.board.recall(member.next_number)
-        back = [member.in_flight.pop(number) for number in list(member.in_flight) if number >= first]
+    def _recall(self, slot: Slot) -> None:
+        first = slot.board.recall(slot.next_number)
+        back = [slot.in_flight.pop(number) for number in list(slot.in_flight) if number >= first]
         self._waiting.extendleft(reversed(back))
 
     def _facts(self, task: str) -> TaskFacts:

@@ -1,8 +1,11 @@
-"""An executor: a child process that runs one job after another.
+"""An executor: a child process that runs jobs, one after another in each of its slots.
 
-It is forked by the fork server, owns one end of a socket pair and one board, and never talks to the queue's
-tables: it has each job run by `body`, and sends the outcome before it starts the next one. End of file on the
-socket means that its supervisor is gone: it leaves.
+It is forked by the fork server, owns one end of a socket pair and one board per slot, and never talks to the
+queue's tables: it has each job run by `body`, and sends the outcome before it starts the slot's next one. End
+of file on the socket means that its supervisor is gone: it leaves.
+
+Here is the executor with one slot, which runs its jobs in the main thread; those of several are in `threads`
+and `coroutines`.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+import msgspec
 
 from pgqueue.failpoints import failpoint
 from pgqueue.worker.body import Body, Outcome
@@ -26,6 +32,7 @@ from pgqueue.worker.wire import (
     Failed,
     Frames,
     Job,
+    Jobs,
     Ready,
     Skipped,
     Tired,
@@ -41,60 +48,116 @@ if TYPE_CHECKING:
 UNPROVEN_PAUSE = 0.05
 
 
-class Executor:
+class SupportsServe(Protocol):
+    """An executor of any kind."""
+
+    def serve(self) -> None:
+        """Run jobs until the supervisor closes the channel."""
+
+
+class Channel:
+    """An executor's end of its socket pair."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._descriptor = channel.fileno()
+        self._identity = _identity(self._descriptor)
+        self._frames = Frames()
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self._descriptor
+
+    def receive(self) -> Iterator[Jobs] | None:
+        """Wait for jobs; None when there will be none."""
+        try:
+            data = self._channel.recv(1 << 18)
+        except ConnectionResetError:
+            return None
+        return (decode_jobs(payload) for payload in self._frames.feed(data)) if data else None
+
+    def send(self, message: msgspec.Struct, of: Job | None = None) -> None:
+        """Tell the supervisor; what became of a job only in the process that was to run it."""
+        if os.getpid() != self._pid:
+            _leave(message)
+        # A body that closed every descriptor may have opened others in their place.
+        if of is not None and _identity(self._descriptor) != self._identity:
+            raise OSError(f"job {of.id} has closed the descriptor of its executor's channel")
+        with self._lock:
+            self._channel.sendall(frame(message))
+
+
+class Limits:
+    """When an executor has done enough; shared by its slots.
+
+    Args:
+        most_memory: KiB; None for no limit.
+    """
+
+    def __init__(self, channel: Channel, most_memory: int | None) -> None:
+        self._channel = channel
+        self._most_memory = most_memory
+        self.tired = False
+
+    def look(self) -> None:
+        """Between two jobs: say so, and start nothing more, if this process has grown too large."""
+        if self._most_memory is None or self.tired:
+            return
+        memory = resident_memory()
+        if memory > self._most_memory:
+            self.tired = True
+            self._channel.send(Tired(memory))
+
+
+class Starter:
+    """Decides at the last moment whether a job starts in its slot."""
+
+    def __init__(self, app: PgQueue, board: Board, limits: Limits) -> None:
+        self._tasks = app.tasks
+        self._board = board
+        self._limits = limits
+
+    def pause(self, job: Job) -> float | None:
+        """Mark the job as started, and return None; or it must not start, and the seconds to wait until
+        saying so.
+        """
+        failpoint("job_received")
+        if self._limits.tired:
+            return 0.0
+        task = self._tasks.get(job.task)
+        if task is not None and task.exclusive and not self._board.claim_exclusive(job.number, clock()):
+            return UNPROVEN_PAUSE  # it comes back until the worker is heard of again, or has lost it
+        return None if self._board.start(job.number) else 0.0
+
+
+class SingleExecutor:
     """Runs the jobs that come over `channel`, for the tasks of `app`."""
 
-    def __init__(self, app: PgQueue, channel: socket.socket, board: Board) -> None:
+    def __init__(self, app: PgQueue, channel: Channel, boards: list[Board]) -> None:
+        (board,) = boards
         alarm = Alarm(lambda: board.cancelled)
         alarm.listen()
         self._body = Body(app, alarm)
         self._channel = channel
-        self._board = board
-        self._most_memory = app.config.max_memory_per_child
-        self._tired = False
-        self._tasks = app.tasks
+        self._limits = Limits(channel, app.config.max_memory_per_child)
+        self._starter = Starter(app, board, self._limits)
 
     def serve(self) -> None:
         """Run jobs until the supervisor closes the channel."""
-        frames = Frames()
-        pid = os.getpid()
-        descriptor = self._channel.fileno()
-        channel = _identity(descriptor)
-        self._channel.sendall(frame(Ready(pid)))
-        while data := self._receive():
-            for payload in frames.feed(data):
-                for job in decode_jobs(payload):
-                    failpoint("job_received")
-                    starts = not self._tired and self._may_start(job)
-                    message = self._body.run(job) if starts else Skipped(job.number)
-                    if os.getpid() != pid:
-                        _leave(message)
-                    # A body that closed every descriptor may have opened others in their place.
-                    if _identity(descriptor) != channel:
-                        raise OSError(f"job {job.id} has closed the descriptor of its executor's channel")
-                    self._channel.sendall(frame(message))
-                    if self._most_memory is not None and not self._tired:
-                        self._look_at_memory(self._most_memory)
-
-    def _may_start(self, job: Job) -> bool:
-        task = self._tasks.get(job.task)
-        if task is not None and task.exclusive and not self._board.claim_exclusive(job.number, clock()):
-            time.sleep(UNPROVEN_PAUSE)  # it comes back until the worker is heard of again, or has lost it
-            return False
-        return self._board.start(job.number)
-
-    def _look_at_memory(self, most: int) -> None:
-        """Between two jobs: say so, and start nothing more, if this process has grown too large."""
-        memory = resident_memory()
-        if memory > most:
-            self._tired = True
-            self._channel.sendall(frame(Tired(memory)))
-
-    def _receive(self) -> bytes:
-        try:
-            return self._channel.recv(1 << 18)
-        except ConnectionResetError:
-            return b""
+        self._channel.send(Ready(os.getpid()))
+        while (received := self._channel.receive()) is not None:
+            for jobs in received:
+                for job in jobs.jobs:
+                    pause = self._starter.pause(job)
+                    if pause is None:
+                        message: Outcome | Skipped = self._body.run(job)
+                    else:
+                        time.sleep(pause)
+                        message = Skipped(job.number)
+                    self._channel.send(message, of=job)
+                    self._limits.look()
 
 
 def resident_memory() -> int:
@@ -115,7 +178,7 @@ def _identity(descriptor: int) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _leave(message: Outcome | Skipped) -> NoReturn:
+def _leave(message: msgspec.Struct) -> NoReturn:
     """End a process that a body forked and forgot to end: the outcome is told by the one that was asked."""
     status = 0
     if isinstance(message, Failed):
@@ -135,10 +198,11 @@ def become_executor(app: PgQueue, channel: socket.socket, board_descriptor: int)
         stay_when_asked_to_stop()
         os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_let_go)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        board = Board(board_descriptor)
+        config = app.config
+        boards = Board.map(board_descriptor, config.slots)
         Board.seal(board_descriptor)
         os.close(board_descriptor)
-        Executor(app, channel, board).serve()
+        _executor(config.pool)(app, Channel(channel), boards).serve()
         status = 0
     except (BrokenPipeError, ConnectionResetError):
         status = 0  # the supervisor is gone
@@ -147,6 +211,18 @@ def become_executor(app: PgQueue, channel: socket.socket, board_descriptor: int)
     finally:
         _flush()
         os._exit(status)
+
+
+def _executor(pool: str) -> Callable[[PgQueue, Channel, list[Board]], SupportsServe]:
+    if pool == "threads":
+        from pgqueue.worker.threads import ThreadedExecutor
+
+        return ThreadedExecutor
+    if pool == "asyncio":
+        from pgqueue.worker.coroutines import AsyncExecutor
+
+        return AsyncExecutor
+    return SingleExecutor
 
 
 _mask = threading.local()

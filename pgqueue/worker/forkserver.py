@@ -57,7 +57,7 @@ def die_with_parent(parent: int) -> None:
 @dataclass
 class _Child:
     index: int
-    board: Board | None
+    boards: list[Board]
     unproven: bool = False
 
 
@@ -110,9 +110,10 @@ class ForkServer:
         channel = socket.socket(fileno=descriptors[0])
         index = int.from_bytes(request, "big")
         server = os.getpid()
-        # Before the fork: the child seals it, and then nobody else can map it.
-        board = Board(descriptors[1]) if self._look_every is not None else None
-        if board is not None:
+        # Before the fork: the child seals them, and then nobody else can map them.
+        slots = self._app.config.slots
+        boards = Board.map(descriptors[1], slots) if self._look_every is not None else []
+        for board in boards[:1]:
             board.keep_from_children()
         try:
             with warnings.catch_warnings():
@@ -121,8 +122,6 @@ class ForkServer:
                 pid = os.fork()
         except OSError:  # too many processes: no reason to take the other executors down
             traceback.print_exc()
-            if board is not None:
-                board.close()
             channel.close()
             os.close(descriptors[1])
             self._send(Exited(index, 0, os.EX_OSERR))
@@ -135,7 +134,7 @@ class ForkServer:
                 each.close()
             become_executor(self._app, channel, descriptors[1])
         channel.close()
-        self._children[pid] = _Child(index, board)
+        self._children[pid] = _Child(index, boards)
         os.close(descriptors[1])
         self._send(Forked(index, pid))
         return True
@@ -145,8 +144,6 @@ class ForkServer:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 del self._children[pid]
-                if child.board is not None:
-                    child.board.close()
                 self._send(Exited(child.index, pid, os.waitstatus_to_exitcode(status), child.unproven))
 
     def _kill_unproven(self) -> None:
@@ -155,7 +152,7 @@ class ForkServer:
         """
         now = clock()
         for pid, child in self._children.items():
-            if not child.unproven and child.board is not None and child.board.runs_too_long(now):
+            if not child.unproven and any(board.runs_too_long(now) for board in child.boards):
                 child.unproven = True
                 os.kill(pid, signal.SIGKILL)  # not waited for yet, so the pid is still its own
 
@@ -204,6 +201,9 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
         stay_when_asked_to_stop()  # whatever the application has made of these signals
         facts = {name: _facts(task) for name, task in app.tasks.items()}
         config = app.config
+        if config.pool != "solo":
+            with open(os.devnull) as nothing:
+                os.dup2(nothing.fileno(), 0)
         # Does nothing if the application has set up its own.
         logging.basicConfig(level=config.log_level, format=LOG_FORMAT)
     except BaseException as error:

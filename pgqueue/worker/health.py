@@ -83,7 +83,7 @@ class Report:
         ready: It takes jobs.
         why: What keeps it from being ready, or live.
         claim_due_for: Since when a claim is wanted and has not succeeded; 0 when none is wanted.
-        executors: That are up, of `concurrency`.
+        executors: How many jobs those that are up can run at a time, of `concurrency`.
         running: Jobs that executors have.
         database: `ok`, or `away`: it refuses, or cannot be reached.
     """
@@ -203,7 +203,7 @@ class Health:
         return {name: getattr(report, name) for name in names}
 
     def _executors(self) -> int:
-        return sum(member.ready for member in self._dispatcher.members.values())
+        return sum(len(each.slots) for each in self._dispatcher.executors.values() if each.ready)
 
     def _away_since(self) -> float | None:
         """Since when the database fails us, as far as we need it."""

@@ -21,8 +21,9 @@ from typing import Any, Protocol
 
 import msgspec
 
+from pgqueue.config import Config
 from pgqueue.errors import AppNotLoaded, ConfigError, PgQueueError
-from pgqueue.worker.dispatcher import Member
+from pgqueue.worker.dispatcher import Executor, Slot
 from pgqueue.worker.interrupts import CANCEL_SIGNAL
 from pgqueue.worker.wire import (
     MAX_FRAME,
@@ -52,7 +53,7 @@ _EXIT_PATIENCE = 1.0
 class _Line:
     """The supervisor's end of one executor's channel."""
 
-    member: Member
+    executor: Executor
     channel: socket.socket
     frames: Frames = field(default_factory=Frames)
     unsent: bytearray = field(default_factory=bytearray)
@@ -61,10 +62,10 @@ class _Line:
 class Owner(Protocol):
     """Who is told what happens to the processes."""
 
-    def on_message(self, member: Member, messages: list[FromExecutor]) -> None:
+    def on_message(self, executor: Executor, messages: list[FromExecutor]) -> None:
         """An executor said something."""
 
-    def on_exit(self, member: Member, how: str, *, unproven: bool) -> None:
+    def on_exit(self, executor: Executor, how: str, *, unproven: bool) -> None:
         """An executor is gone; how it ended, in words. `unproven`: see `Exited`."""
 
     def on_lost_fork_server(self) -> None:
@@ -91,6 +92,7 @@ class Prefork:
         self._server: subprocess.Popen[bytes] | None = None
         self._watch: int | None = None
         self._loaded: asyncio.Future[Loaded] | None = None
+        self._slots = 1
         self.proven_until = 0.0
 
     async def start(self) -> Loaded:
@@ -108,14 +110,17 @@ class Prefork:
         program = [sys.executable, "-m", "pgqueue.worker.forkserver"]
         arguments = [*program, str(theirs.fileno()), str(os.getpid()), self._target, self._overrides]
         with theirs:
-            self._server = subprocess.Popen(arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: ASYNC220
+            # It keeps the terminal for the pool that is there for debuggers, and else lets go of it.
+            self._server = subprocess.Popen(arguments, pass_fds=[theirs.fileno()])  # noqa: ASYNC220
         self._loop.add_reader(ours, self._read_control, ours)
         if hasattr(os, "pidfd_open"):
             # What the application forks at its import may hold the other end of the socket open.
             with contextlib.suppress(OSError):
                 self._watch = os.pidfd_open(self._server.pid)
                 self._loop.add_reader(self._watch, self._server_ended, ours)
-        return await self._loaded
+        loaded = await self._loaded
+        self._slots = Config(**loaded.config).slots
+        return loaded
 
     @property
     def server_pid(self) -> int | None:
@@ -127,22 +132,24 @@ class Prefork:
         if self._control is None:
             return
         ours, theirs = socket.socketpair()
-        descriptor = Board.create()
+        descriptor = Board.create(self._slots)
         self._next_index += 1
         index = self._next_index
         try:
-            board = Board(descriptor)
+            boards = Board.map(descriptor, self._slots)
             socket.send_fds(self._control, [index.to_bytes(4, "big")], [theirs.fileno(), descriptor])
         except OSError:
             ours.close()  # the fork server is gone: its end of file is on the way
-            board.close()
             return
         finally:
             theirs.close()
             os.close(descriptor)
         ours.setblocking(False)
-        board.proven_until = self.proven_until
-        line = _Line(Member(index, 0, board), ours)
+        executor = Executor(index)
+        for number, board in enumerate(boards):
+            board.proven_until = self.proven_until
+            executor.slots.append(Slot(executor, number, board))
+        line = _Line(executor, ours)
         self._lines[index] = line
         self._loop.add_reader(ours, self._read, line)
 
@@ -151,18 +158,18 @@ class Prefork:
         """Executors asked for and not gone."""
         return len(self._lines)
 
-    def send(self, member: Member, jobs: list[Job]) -> None:
-        """Send jobs to an executor; what does not fit into the socket follows when it can."""
-        line = self._lines.get(member.index)
+    def send(self, slot: Slot, jobs: list[Job]) -> None:
+        """Send jobs to a slot; what does not fit into the socket follows when it can."""
+        line = self._lines.get(slot.executor.index)
         if line is None:
             return
-        data = frame(Jobs(jobs))
+        data = frame(Jobs(jobs, slot.number))
         if len(data) > MAX_FRAME:
             if len(jobs) > 1:
                 for job in jobs:
-                    self.send(member, [job])
+                    self.send(slot, [job])
                 return
-            data = frame(Jobs([_without_payload(jobs[0], len(data))]))
+            data = frame(Jobs([_without_payload(jobs[0], len(data))], slot.number))
         if line.unsent:
             line.unsent += data
             return
@@ -180,34 +187,35 @@ class Prefork:
         """Tell all executors until when nobody takes this worker's jobs."""
         self.proven_until = until
         for line in self._lines.values():
-            line.member.board.proven_until = until
+            for slot in line.executor.slots:
+                slot.board.proven_until = until
 
-    def retire(self, member: Member) -> None:
+    def retire(self, executor: Executor) -> None:
         """Let an executor without jobs leave."""
-        member.retiring = True
-        line = self._lines.get(member.index)
+        executor.retiring = True
+        line = self._lines.get(executor.index)
         if line is not None:
             with contextlib.suppress(OSError):
                 line.channel.shutdown(socket.SHUT_WR)
 
-    def tell_cancelled(self, member: Member) -> None:
-        """Have an executor look at its board: the job it runs is cancelled."""
-        if member.pid:
+    def tell_cancelled(self, executor: Executor) -> None:
+        """Have an executor look at its boards: a job it runs is cancelled."""
+        if executor.pid:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(member.pid, CANCEL_SIGNAL)
+                os.kill(executor.pid, CANCEL_SIGNAL)
 
-    def kill(self, member: Member) -> None:
+    def kill(self, executor: Executor) -> None:
         """Kill an executor at once."""
-        if member.pid:
+        if executor.pid:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(member.pid, signal.SIGKILL)
+                os.kill(executor.pid, signal.SIGKILL)
 
     async def stop(self) -> None:
         """Close everything; waits for the fork server to leave, and with it whoever is left of its
         children.
         """
         for line in list(self._lines.values()):
-            self.kill(line.member)
+            self.kill(line.executor)
             self._close(line)
         self._lines.clear()
         self._drop_control()
@@ -237,12 +245,12 @@ class Prefork:
 
     def _cut_off(self, line: _Line) -> None:
         """Kill an executor that cannot say any more how its job ends: a task has closed its channel."""
-        if self._lines.get(line.member.index) is line:
-            log.error("executor_cut_off pid=%d", line.member.pid)
-            self.kill(line.member)
+        if self._lines.get(line.executor.index) is line:
+            log.error("executor_cut_off pid=%d", line.executor.pid)
+            self.kill(line.executor)
 
     def _hand_on(self, line: _Line, data: bytes) -> None:
-        if line.member.garbled:
+        if line.executor.garbled:
             return
         messages: list[FromExecutor] = []
         try:
@@ -251,10 +259,10 @@ class Prefork:
         except (ValueError, msgspec.DecodeError) as error:
             # A task wrote to a descriptor that is not its own: what this executor says from here on cannot
             # be trusted.
-            line.member.garbled = True
-            log.error("executor_garbled pid=%d error=%s", line.member.pid, error)
-            self.kill(line.member)
-        self.owner.on_message(line.member, messages)
+            line.executor.garbled = True
+            log.error("executor_garbled pid=%d error=%s", line.executor.pid, error)
+            self.kill(line.executor)
+        self.owner.on_message(line.executor, messages)
 
     def _write(self, line: _Line) -> None:
         try:
@@ -316,7 +324,7 @@ class Prefork:
         elif isinstance(message, Forked):
             line = self._lines.get(message.index)
             if line is not None:
-                line.member.pid = message.pid
+                line.executor.pid = message.pid
         elif isinstance(message, Exited):
             line = self._lines.get(message.index)
             if line is not None:
@@ -329,9 +337,10 @@ class Prefork:
             while data := line.channel.recv(_READ):
                 self._hand_on(line, data)
         self._close(line)
-        self._lines.pop(line.member.index, None)
-        self.owner.on_exit(line.member, how, unproven=unproven)
-        line.member.board.close()
+        self._lines.pop(line.executor.index, None)
+        self.owner.on_exit(line.executor, how, unproven=unproven)
+        for slot in line.executor.slots:
+            slot.board.close()
 
     def _close(self, line: _Line) -> None:
         self._loop.remove_reader(line.channel)

@@ -32,7 +32,7 @@ from pgqueue.database.store import QUERY_CANCELED, Call, GroupFailed, Link, Row
 from pgqueue.errors import ConfigError, DatabaseUnavailable, PgQueueError, SchemaMismatch
 from pgqueue.worker.claimer import Claimer
 from pgqueue.worker.crew import RESTART_FIRST, Crew
-from pgqueue.worker.dispatcher import STALL, Dispatcher, Member
+from pgqueue.worker.dispatcher import STALL, Dispatcher, Executor, Slot
 from pgqueue.worker.health import Health, HealthService
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes
@@ -113,10 +113,13 @@ class Supervisor:
         self._lanes = Lanes(queues, weights if queues else {}, self._random)
         self._identity = Identity()
         self._dispatcher = Dispatcher(
-            max_crashes=config.max_crashes, max_tasks=config.max_tasks_per_child, random=self._random
+            max_crashes=config.max_crashes,
+            max_tasks=config.max_tasks_per_child,
+            limited=config.limited,
+            random=self._random,
         )
         most, least = config.executors
-        self._crew = Crew(processes, self._dispatcher, most=most, least=least)
+        self._crew = Crew(processes, self._dispatcher, most=most, least=least, slots=config.slots)
         self._dsn = dsn
         self._claim_link = Link(dsn, schema=config.schema, name="claim")
         self._maintenance_link = Link(dsn, schema=config.schema, name="maintenance", statement_timeout=30)
@@ -160,7 +163,7 @@ class Supervisor:
             self._dispatcher,
             self._claimer,
             self._maintenance,
-            concurrency=config.executors[0],
+            concurrency=config.most_jobs,
             lease=config.lease,
         )
         self._health_service = HealthService(self._health.report)
@@ -183,10 +186,11 @@ class Supervisor:
             self._crew.fill()
             config = self._config
             log.info(
-                "worker_started id=%s queues=%s pool=prefork concurrency=%d tasks=%d",
+                "worker_started id=%s queues=%s pool=%s concurrency=%d tasks=%d",
                 self._identity.id,
                 ",".join(self._lanes.queues) or "(all)",
-                config.executors[0],
+                config.pool,
+                config.most_jobs,
                 len(self._dispatcher.tasks),
             )
             if self._behind:
@@ -263,8 +267,8 @@ class Supervisor:
                 "pid": os.getpid(),
                 # None: every queue there is, also one that will be.
                 "queues": [] if self._everything else self._lanes.queues,
-                "pool": "prefork",
-                "concurrency": self._config.executors[0],
+                "pool": self._config.pool,
+                "concurrency": self._config.most_jobs,
                 "version": self._version,
             },
         )
@@ -312,29 +316,29 @@ class Supervisor:
 
     def _cancel(self, ids: list[str]) -> None:
         """Somebody wants these jobs cancelled; what does not end by itself is killed by `_tick`."""
-        for member in self._dispatcher.cancel(set(ids), clock()):
-            log.info("job_cancelling pid=%d", member.pid)
-            self._processes.tell_cancelled(member)
+        for executor in self._dispatcher.cancel(set(ids), clock()):
+            log.info("job_cancelling pid=%d", executor.pid)
+            self._processes.tell_cancelled(executor)
         self._claimer.poke()
 
     def _send_out(self) -> None:
         self._crew.renew()
         if self._draining:
             return
-        for member, jobs in self._dispatcher.assign(clock()):
+        for slot, jobs in self._dispatcher.assign(clock()):
             if jobs[0].args:
-                self._processes.send(member, jobs)
+                self._processes.send(slot, jobs)
             else:
-                self._spawn(self._send_large(member, jobs[0].number))
+                self._spawn(self._send_large(slot, jobs[0].number))
 
-    async def _send_large(self, member: Member, number: int) -> None:
+    async def _send_large(self, slot: Slot, number: int) -> None:
         """Load the arguments of a job that were too large to travel with the claim, and send it."""
-        job = member.in_flight.get(number)
+        job = slot.in_flight.get(number)
         if job is None:
             return
         rows: list[Row] | None = None
         timeouts = 0
-        while rows is None and self._dispatcher.has(member, number):
+        while rows is None and self._dispatcher.has(slot, number):
             try:
                 rows = await self._maintenance_link.call(
                     "load_payload", id=job.id, attempt=job.attempt, worker=job.worker
@@ -343,64 +347,64 @@ class Supervisor:
                 log.warning("payload_not_loaded job=%s error=%s", job.id, error)
                 timeouts += isinstance(error, GroupFailed) and error.sqlstate == QUERY_CANCELED
                 if timeouts == PAYLOAD_TIMEOUTS or (isinstance(error, GroupFailed) and error.blames_the_row):
-                    self._dispatcher.unreadable(member, number, str(error))
+                    self._dispatcher.unreadable(slot, number, str(error))
                     self._send_out()
                     self._claimer.poke()
                     return
                 await asyncio.sleep(0.5)
-        if rows is None or not self._dispatcher.has(member, number):
+        if rows is None or not self._dispatcher.has(slot, number):
             return
         if not rows:
             log.warning("payload_gone job=%s attempt=%d", job.id, job.attempt)
-            del member.in_flight[number]
+            del slot.in_flight[number]
             self._claimer.poke()
             return
         message = self._dispatcher.message(number, job)
         message.args, message.kwargs, message.headers = rows[0]
         job.headers = message.headers
-        self._processes.send(member, [message])
+        self._processes.send(slot, [message])
 
-    def on_message(self, member: Member, messages: list[FromExecutor]) -> None:
+    def on_message(self, executor: Executor, messages: list[FromExecutor]) -> None:
         """An executor reports what became of its jobs."""
         dispatcher = self._dispatcher
         for message in messages:
             if isinstance(message, Succeeded | Failed | Snoozed | Cancelled):
-                dispatcher.finished(member, message)
+                dispatcher.finished(executor.slots[message.slot], message)
             elif isinstance(message, Skipped):
-                dispatcher.skipped(member, message)
+                dispatcher.skipped(executor.slots[message.slot], message)
             elif isinstance(message, Ready):
-                member.pid = message.pid
-                member.ready = True
-                self._crew.ready(member)
+                executor.pid = message.pid
+                executor.ready = True
+                self._crew.ready(executor)
             elif isinstance(message, Tired):
-                log.info("executor_full pid=%d memory_kib=%d", member.pid, message.memory)
-                dispatcher.retire(member)
+                log.info("executor_full pid=%d memory_kib=%d", executor.pid, message.memory)
+                dispatcher.retire(executor)
         self._send_out()
         self._claimer.poke()
 
-    def on_exit(self, member: Member, how: str, *, unproven: bool) -> None:
-        """An executor is gone: end its running job, put another in its place."""
+    def on_exit(self, executor: Executor, how: str, *, unproven: bool) -> None:
+        """An executor is gone: end its running jobs, put another in its place."""
         self._health.executor_gone(clock())
-        crashed = self._dispatcher.gone(member, how, by_us=self._killed or unproven)
-        if unproven:
-            log.error("exclusive_job_killed job=%s pid=%d", crashed.id if crashed else None, member.pid)
-        if crashed is not None and member.cancelling:
-            log.warning("job_cancel_killed job=%s task=%s pid=%d", crashed.id, crashed.task, member.pid)
-        elif crashed is not None and member.overdue:
-            log.error(
-                "job_overdue job=%s task=%s attempt=%d limit=%g",
-                crashed.id,
-                crashed.task,
-                crashed.attempt,
-                self._dispatcher.time_limit(crashed) or 0.0,
-            )
-        elif crashed is not None and not self._killed and not unproven:
-            log.error(
-                "job_crashed job=%s task=%s attempt=%d how=%s", crashed.id, crashed.task, crashed.attempt, how
-            )
-        elif not self._draining and not member.retiring and not member.overdue:
+        ours = self._killed or unproven
+        crashed = self._dispatcher.gone(executor, how, by_us=ours)
+        for slot, job in crashed:
+            if unproven:
+                log.error("exclusive_job_killed job=%s pid=%d", job.id, executor.pid)
+            if slot.cancelling:
+                log.warning("job_cancel_killed job=%s task=%s pid=%d", job.id, job.task, executor.pid)
+            elif slot.overdue:
+                log.error(
+                    "job_overdue job=%s task=%s attempt=%d limit=%g",
+                    job.id,
+                    job.task,
+                    job.attempt,
+                    self._dispatcher.time_limit(job) or 0.0,
+                )
+            elif not ours and executor.ends_at is None:
+                log.error("job_crashed job=%s task=%s attempt=%d how=%s", job.id, job.task, job.attempt, how)
+        if not crashed and not self._draining and not executor.retiring and executor.ends_at is None:
             log.error("executor_died how=%s", how)
-        self._crew.gone(member)
+        self._crew.gone(executor)
         self._send_out()
         self._claimer.poke()
 
@@ -419,13 +423,13 @@ class Supervisor:
         dispatcher = self._dispatcher
         while True:
             await asyncio.sleep(
-                STALL if dispatcher.in_flight > len(dispatcher.members) or dispatcher.waiting else 0.2
+                STALL if dispatcher.in_flight > dispatcher.most or dispatcher.waiting else 0.2
             )
             now = clock()
             self._health.watch(now)
             dispatcher.take_back_stalled(now)
-            for member in dispatcher.kill_overdue(now):
-                self._processes.kill(member)
+            for executor in dispatcher.kill_overdue(now):
+                self._processes.kill(executor)
             self._send_out()
             self._crew.scale(now)
             if dispatcher.release_stranded(now):
@@ -450,14 +454,14 @@ class Supervisor:
                 self._killed = True
                 self._complete = False
                 killed_at = min(killed_at, now)
-                for member in list(dispatcher.members.values()):
-                    if member.in_flight:
-                        self._processes.kill(member)
+                for executor in list(dispatcher.executors.values()):
+                    if executor.busy:
+                        self._processes.kill(executor)
                         if now - killed_at >= KILL_PATIENCE:
-                            dispatcher.gone(member, "was killed", by_us=True)
+                            dispatcher.gone(executor, "was killed", by_us=True)
             await asyncio.sleep(0.01)
-        for member in list(dispatcher.members.values()):
-            self._processes.retire(member)
+        for executor in list(dispatcher.executors.values()):
+            self._processes.retire(executor)
 
     async def _sign_off(self) -> None:
         """Leave the list of workers, however often it takes: who stays on it is taken for silent later."""

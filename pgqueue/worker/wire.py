@@ -3,7 +3,9 @@
 Frames are a four-byte length and MessagePack, over a socket pair. Job arguments pass through as the JSON text
 that the database sent; only the executor decodes them.
 
-The board is 64 bytes of shared memory per executor. The executor writes the number of the job it starts; the
+An executor has one slot or several, each with jobs of its own, numbered from one, and a board of its own.
+
+The board is 64 bytes of shared memory per slot. The executor writes the number of the job it starts; the
 supervisor reads it, so a crash costs only the job that was running and a stall is seen without asking. To
 take jobs back, the supervisor writes a range of numbers that must not start any more. Each side writes its
 own cell before it reads the other's: either the executor sees the range, or the supervisor sees that the job
@@ -41,8 +43,8 @@ else:
 
 
 class Job(msgspec.Struct, array_like=True):
-    """One job for an executor. `number` grows by one with each job sent to it; `args` and `kwargs` are JSON
-    text.
+    """One job for an executor. `number` grows by one with each job sent to its slot; `args` and `kwargs` are
+    JSON text.
     """
 
     number: int
@@ -62,9 +64,10 @@ class Job(msgspec.Struct, array_like=True):
 
 
 class Jobs(msgspec.Struct, array_like=True, tag="jobs"):
-    """Supervisor to executor: run these, in this order."""
+    """Supervisor to executor: run these in that slot, in this order."""
 
     jobs: list[Job]
+    slot: int = 0
 
 
 class Ready(msgspec.Struct, array_like=True, tag="ready"):
@@ -81,6 +84,7 @@ class Succeeded(msgspec.Struct, array_like=True, tag="ok"):
     finished: float
     result: str | None = None
     result_error: str | None = None
+    slot: int = 0
 
 
 class Failed(msgspec.Struct, array_like=True, tag="failed"):
@@ -96,6 +100,7 @@ class Failed(msgspec.Struct, array_like=True, tag="failed"):
     max_retries: int | None = None
     reason: str = ""
     dead_letter_queue: str | None = None
+    slot: int = 0
 
 
 class Snoozed(msgspec.Struct, array_like=True, tag="snoozed"):
@@ -105,6 +110,7 @@ class Snoozed(msgspec.Struct, array_like=True, tag="snoozed"):
     started: float
     finished: float
     delay: float
+    slot: int = 0
 
 
 class Cancelled(msgspec.Struct, array_like=True, tag="cancelled"):
@@ -113,6 +119,7 @@ class Cancelled(msgspec.Struct, array_like=True, tag="cancelled"):
     number: int
     started: float
     finished: float
+    slot: int = 0
 
 
 class Tired(msgspec.Struct, array_like=True, tag="tired"):
@@ -125,6 +132,7 @@ class Skipped(msgspec.Struct, array_like=True, tag="skipped"):
     """Executor to supervisor: not started, because it was taken back."""
 
     number: int
+    slot: int = 0
 
 
 class TaskFacts(msgspec.Struct, array_like=True):
@@ -222,9 +230,9 @@ class Frames:
         self._rest = stream[start:]
 
 
-def decode_jobs(payload: bytes) -> list[Job]:
+def decode_jobs(payload: bytes) -> Jobs:
     """What an executor reads."""
-    return _decode_jobs(payload).jobs
+    return _decode_jobs(payload)
 
 
 def decode_from_executor(payload: bytes) -> FromExecutor:
@@ -240,24 +248,31 @@ def decode_from_fork_server(payload: bytes) -> FromForkServer:
 
 
 class Board:
-    """The memory an executor shares with its supervisor; see the module's text."""
+    """The memory that one slot of an executor shares with its supervisor; see the module's text."""
 
     SIZE = 64
     _STARTED, _FROM, _UPTO, _EXCLUSIVE, _UNTIL, _CANCELLED = range(6)
 
-    def __init__(self, descriptor: int) -> None:
-        self._memory = mmap.mmap(descriptor, self.SIZE)
-        self._cells = memoryview(self._memory).cast("Q")
+    def __init__(self, memory: mmap.mmap, slot: int = 0) -> None:
+        self._memory = memory
+        start = slot * self.SIZE
+        self._cells = memoryview(memory)[start : start + self.SIZE].cast("Q")
+
+    @classmethod
+    def map(cls, descriptor: int, slots: int = 1) -> list[Board]:
+        """The boards of an executor's slots, on shared memory that `create` has made for so many."""
+        memory = mmap.mmap(descriptor, slots * cls.SIZE)
+        return [cls(memory, slot) for slot in range(slots)]
 
     @staticmethod
-    def create() -> int:
+    def create(slots: int = 1) -> int:
         """A descriptor of fresh shared memory; the caller closes it."""
         if hasattr(os, "memfd_create"):
             descriptor = os.memfd_create("pgqueue-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         else:
             with tempfile.TemporaryFile() as file:
                 descriptor = os.dup(file.fileno())
-        os.ftruncate(descriptor, Board.SIZE)
+        os.ftruncate(descriptor, slots * Board.SIZE)
         return descriptor
 
     @staticmethod
@@ -272,14 +287,14 @@ class Board:
                 fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
 
     def keep_from_children(self) -> None:
-        """Executors forked from here on have no business with this one's board."""
+        """Executors forked from here on have no business with this one's boards."""
         if hasattr(mmap, "MADV_DONTFORK"):
             self._memory.madvise(mmap.MADV_DONTFORK)
 
     def close(self) -> None:
-        """Unmap it."""
+        """Let go of it; with the last board of an executor the memory is unmapped."""
         self._cells.release()
-        self._memory.close()
+        del self._memory
 
     def start(self, number: int) -> bool:
         """Executor: mark job `number` as started; False if it was taken back and must not run."""

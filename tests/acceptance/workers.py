@@ -109,12 +109,11 @@ class Jobs:
     def add(self, task: str, *args: object, **options: Any) -> str:
         """Enqueue one job of `tests_app`; its id."""
         with self.connection.transaction():
-            name = task if "." in task else f"tests_app.{task}"
-            return self._app.send_task(name, args, connection=self.connection, **options).id
+            return self._app.send_task(_named(task), args, connection=self.connection, **options).id
 
     def add_many(self, task: str, arguments: Iterable[Sequence[object]], **options: Any) -> list[str]:
         """Enqueue one job for each element of `arguments`; their ids in order."""
-        calls = [Signature(f"tests_app.{task}", tuple(args), {}, options) for args in arguments]
+        calls = [Signature(_named(task), tuple(args), {}, options) for args in arguments]
         with self.connection.transaction():
             return self._app.enqueue_many(calls, connection=self.connection)
 
@@ -190,6 +189,10 @@ class Jobs:
             state = self.sql("select * from pgqueue.all_jobs where id = %s", job)
             pytest.fail(f"job {job} is not once in {table}, it is {state}")
         return found[0]
+
+
+def _named(task: str) -> str:
+    return task if "." in task else f"tests_app.{task}"
 
 
 class Ledger:

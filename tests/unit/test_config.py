@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert (config.poll_every(hears=True), config.poll_every(hears=False)) == (5, 0.5)
     assert (config.listen, config.listen_dsn) == (True, None)
     assert (config.max_crashes, config.log_level) == (3, "INFO")
-    assert config.concurrency == len(os.sched_getaffinity(0))
+    assert config.executors == (len(os.sched_getaffinity(0)),) * 2
     assert (config.health_port, config.health_host) == (None, "127.0.0.1")
     retentions = (config.retention_finished, config.retention_failures)
     assert (*retentions, config.retention_dead_letters, config.retention_audit) == (7, 30, 90, 365)
@@ -47,7 +49,9 @@ def test_every_field_has_a_variable() -> None:
         "heartbeat": "2",
         "lease": "9",
         "shutdown_timeout": "0",
+        "pool": "prefork",
         "concurrency": "3",
+        "processes": "1",
         "autoscale": "8, 2",
         "max_tasks_per_child": "100",
         "max_memory_per_child": "200000",
@@ -76,7 +80,9 @@ def test_every_field_has_a_variable() -> None:
         "heartbeat": 2.0,
         "lease": 9.0,
         "shutdown_timeout": 0.0,
+        "pool": "prefork",
         "concurrency": 3,
+        "processes": 1,
         "autoscale": (8, 2),
         "max_tasks_per_child": 100,
         "max_memory_per_child": 200000,
@@ -93,6 +99,37 @@ def test_every_field_has_a_variable() -> None:
         "queue": "high",
         "priority": 9,
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "executors", "slots"),
+    [
+        ({"concurrency": 3}, 3, 1),
+        ({"pool": "threads"}, 1, 10),
+        ({"pool": "threads", "processes": 2, "concurrency": 4}, 2, 4),
+        ({"pool": "asyncio"}, 1, 100),
+        ({"pool": "solo"}, 1, 1),
+        ({"pool": "solo", "concurrency": 4, "autoscale": (8, 2)}, 1, 1),
+    ],
+)
+def test_a_pool_has_executors_and_slots(settings: dict[str, Any], executors: int, slots: int) -> None:
+    config = Config(**settings)
+    assert (config.executors, config.slots) == ((executors, executors), slots)
+    assert config.most_jobs == executors * slots
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"pool": "gevent"}, "pool must be one of prefork, threads, asyncio, solo, got 'gevent'"),
+        ({"processes": 2}, "processes is for the pools threads and asyncio"),
+        ({"pool": "threads", "autoscale": (4, 2)}, "autoscale is for pool prefork"),
+        ({"pool": "threads", "processes": 65}, "processes must be a whole number from 1 to 64, got 65"),
+    ],
+)
+def test_a_pool_that_does_not_fit_is_refused(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(complaint)):
+        Config.load({}, **settings)
 
 
 def test_a_poll_interval_that_is_given_holds_with_and_without_notifications() -> None:

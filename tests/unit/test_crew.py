@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pgqueue.worker.crew import RESTART_FIRST, SHRINK_AFTER, Crew
-from pgqueue.worker.dispatcher import Dispatcher, Member
+from pgqueue.worker.dispatcher import Dispatcher, Executor, Slot
 from pgqueue.worker.wire import Board, Succeeded
 from tests.unit.test_dispatcher import claimed, succeed
 
@@ -20,25 +20,26 @@ class Processes:
 
     def __init__(self, boards: list[Board]) -> None:
         self.crew: Crew
-        self.members: list[Member] = []
-        self.retired: list[Member] = []
+        self.executors: list[Executor] = []
+        self.retired: list[Executor] = []
         self._boards = boards
         self._index = itertools.count(1)
 
     @property
     def count(self) -> int:
-        return len(self.members)
+        return len(self.executors)
 
     def fork(self) -> None:
         descriptor = Board.create()
-        self._boards.append(Board(descriptor))
+        self._boards += Board.map(descriptor)
         os.close(descriptor)
-        member = Member(next(self._index), 1, self._boards[-1], ready=True)
-        self.members.append(member)
-        self.crew.ready(member)
+        executor = Executor(next(self._index), 1, ready=True)
+        executor.slots.append(Slot(executor, 0, self._boards[-1]))
+        self.executors.append(executor)
+        self.crew.ready(executor)
 
-    def retire(self, member: Member) -> None:
-        self.retired.append(member)
+    def retire(self, executor: Executor) -> None:
+        self.retired.append(executor)
 
 
 class Scene:
@@ -52,10 +53,10 @@ class Scene:
     def up(self) -> int:
         return self.processes.count
 
-    def leaves(self, member: Member) -> bool:
-        self.processes.members.remove(member)
-        self.dispatcher.gone(member, "left")
-        return self.crew.gone(member)
+    def leaves(self, executor: Executor) -> bool:
+        self.processes.executors.remove(executor)
+        self.dispatcher.gone(executor, "left")
+        return self.crew.gone(executor)
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_a_dead_one_is_replaced_after_a_moment(make: Callable[..., Scene]) -> No
     async def scene() -> None:
         it = make(2)
         assert it.up == 2
-        assert it.leaves(it.processes.members[0]) is False
+        assert it.leaves(it.processes.executors[0]) is False
         assert it.up == 1
         await asyncio.sleep(2 * RESTART_FIRST)
         assert it.up == 2
@@ -90,7 +91,7 @@ def test_a_dead_one_is_replaced_after_a_moment(make: Callable[..., Scene]) -> No
 def test_nobody_is_forked_once_they_are_dismissed(make: Callable[..., Scene]) -> None:
     async def scene() -> None:
         it = make(1)
-        it.leaves(it.processes.members[0])
+        it.leaves(it.processes.executors[0])
         it.crew.dismiss()
         await asyncio.sleep(2 * RESTART_FIRST)
         assert it.up == 0
@@ -101,25 +102,25 @@ def test_nobody_is_forked_once_they_are_dismissed(make: Callable[..., Scene]) ->
 def test_a_successor_is_up_before_its_predecessor_leaves_and_waits_for_it(make: Callable[..., Scene]) -> None:
     def scene() -> None:
         it = make(1, max_tasks=2)
-        old = it.processes.members[0]
+        old = it.processes.executors[0]
         it.dispatcher.add([claimed() for _ in range(4)], 0.0)
         for number in (1, 2):
-            ((member, _),) = it.dispatcher.assign(0.0)
-            assert member is old
+            ((slot, _),) = it.dispatcher.assign(0.0)
+            assert slot.executor is old
             it.crew.renew()
             assert it.up == number, "the last job is out: the successor comes"
             assert it.processes.retired == []
             if number == 1:
-                succeed(it.dispatcher, old, number, 1.0)
+                succeed(it.dispatcher, old.slots[0], number, 1.0)
         assert it.dispatcher.assign(0.0) == [], "one slot, and it is taken"
         assert it.dispatcher.free_slots == 0
-        old.board.start(2)
-        it.dispatcher.finished(old, Succeeded(2, 0.0, 1.0))
+        old.slots[0].board.start(2)
+        it.dispatcher.finished(old.slots[0], Succeeded(2, 0.0, 1.0))
         it.crew.renew()
         it.crew.renew()
         assert it.processes.retired == [old], "asked once"
-        ((member, _),) = it.dispatcher.assign(0.0)
-        assert member is not old
+        ((slot, _),) = it.dispatcher.assign(0.0)
+        assert slot.executor is not old
         assert it.leaves(old) is True
         assert it.up == 1
 
@@ -149,14 +150,14 @@ def test_it_shrinks_to_what_was_needed(make: Callable[..., Scene]) -> None:
         it.crew.scale(1.0)
         it.dispatcher.assign(1.0)
         assert it.up == 4
-        for member in it.processes.members[1:]:
-            member.board.start(1)
-            it.dispatcher.finished(member, Succeeded(1, 0.0, 1.0))
+        for executor in it.processes.executors[1:]:
+            executor.slots[0].board.start(1)
+            it.dispatcher.finished(executor.slots[0], Succeeded(1, 0.0, 1.0))
         it.crew.scale(SHRINK_AFTER)
         assert it.processes.retired == [], "they were needed in this while"
         it.crew.scale(2 * SHRINK_AFTER + 1)
         assert len(it.processes.retired) == 3
-        assert it.processes.members[0] not in it.processes.retired, "it has a job"
+        assert it.processes.executors[0] not in it.processes.retired, "it has a job"
 
     run(scene)
 

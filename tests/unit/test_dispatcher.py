@@ -10,7 +10,17 @@ import pytest
 
 from pgqueue.database.store import CLAIM_LIMIT, ClaimedJob
 from pgqueue.retry import RetryPolicy
-from pgqueue.worker.dispatcher import CHUNK_JOBS, PREFETCH_JOBS, STALL, STRANDED, Dispatcher, Member, Pace
+from pgqueue.worker.dispatcher import (
+    CHUNK_JOBS,
+    OTHERS_GRACE,
+    PREFETCH_JOBS,
+    STALL,
+    STRANDED,
+    Dispatcher,
+    Executor,
+    Pace,
+    Slot,
+)
 from pgqueue.worker.wire import Board, Failed, Skipped, Snoozed, Succeeded, TaskFacts
 
 _numbers = itertools.count(1)
@@ -50,13 +60,14 @@ def make() -> Iterator[Callable[..., Dispatcher]]:
     """Makes dispatchers with ready executors."""
     boards: list[Board] = []
 
-    def dispatcher(executors: int = 2, max_crashes: int = 3) -> Dispatcher:
+    def dispatcher(executors: int = 2, max_crashes: int = 3, slots: int = 1) -> Dispatcher:
         made = Dispatcher(max_crashes=max_crashes)
         for index in range(1, executors + 1):
-            descriptor = Board.create()
-            boards.append(Board(descriptor))
+            descriptor = Board.create(slots)
+            boards.extend(Board.map(descriptor, slots))
             os.close(descriptor)
-            made.members[index] = Member(index, 1000 + index, boards[-1], ready=True)
+            executor = made.executors[index] = Executor(index, 1000 + index, ready=True)
+            executor.slots = [Slot(executor, number, boards[number - slots]) for number in range(slots)]
         return made
 
     yield dispatcher
@@ -65,12 +76,12 @@ def make() -> Iterator[Callable[..., Dispatcher]]:
 
 
 def sent(dispatcher: Dispatcher, now: float = 0.0) -> dict[int, list[str]]:
-    return {member.index: [job.id for job in jobs] for member, jobs in dispatcher.assign(now)}
+    return {slot.executor.index: [job.id for job in jobs] for slot, jobs in dispatcher.assign(now)}
 
 
-def succeed(dispatcher: Dispatcher, member: Member, number: int, seconds: float) -> None:
-    member.board.start(number)
-    dispatcher.finished(member, Succeeded(number, 10.0, 10.0 + seconds))
+def succeed(dispatcher: Dispatcher, slot: Slot, number: int, seconds: float) -> None:
+    slot.board.start(number)
+    dispatcher.finished(slot, Succeeded(number, 10.0, 10.0 + seconds))
 
 
 def teach(dispatcher: Dispatcher, task: str, seconds: float) -> None:
@@ -116,7 +127,7 @@ def test_sub_millisecond_jobs_travel_in_chunks_shared_among_the_executors(
     chunks = sent(dispatcher)
     assert [len(chunk) for chunk in chunks.values()] == [50, 25]
     dispatcher.add([claimed("fast") for _ in range(1000)], 0.0)
-    assert all(len(member.in_flight) <= CHUNK_JOBS for member in dispatcher.members.values())
+    assert all(len(slot.in_flight) <= CHUNK_JOBS for slot in dispatcher.slots)
 
 
 def test_a_long_job_is_never_put_behind_others_nor_others_behind_it(make: Callable[..., Dispatcher]) -> None:
@@ -126,7 +137,7 @@ def test_a_long_job_is_never_put_behind_others_nor_others_behind_it(make: Callab
     jobs = [claimed("fast"), claimed("long"), claimed("fast"), claimed("fast")]
     dispatcher.add(jobs, 0.0)
     assert sent(dispatcher) == {1: [jobs[0].id]}
-    succeed(dispatcher, dispatcher.members[1], 1, 0.00002)
+    succeed(dispatcher, dispatcher.executors[1].slots[0], 1, 0.00002)
     assert sent(dispatcher) == {1: [jobs[1].id]}
     assert sent(dispatcher) == {}
 
@@ -137,14 +148,14 @@ def test_a_stalled_chunk_gives_its_rest_back_in_order(make: Callable[..., Dispat
     jobs = [claimed("fast") for _ in range(10)]
     dispatcher.add(jobs, 0.0)
     sent(dispatcher)
-    member = dispatcher.members[1]
-    member.board.start(1)
+    slot = dispatcher.executors[1].slots[0]
+    slot.board.start(1)
     dispatcher.take_back_stalled(1.0)
-    assert len(member.in_flight) == 10, "progress since the last look: not stalled"
+    assert len(slot.in_flight) == 10, "progress since the last look: not stalled"
     dispatcher.take_back_stalled(1.0 + STALL)
-    assert [job.id for job in member.in_flight.values()] == [jobs[0].id]
+    assert [job.id for job in slot.in_flight.values()] == [jobs[0].id]
     assert dispatcher.waiting == 9
-    assert not member.board.start(2)
+    assert not slot.board.start(2)
     assert dispatcher.pace.expect("fast") > 0.001  # type: ignore[operator]
 
 
@@ -155,10 +166,10 @@ def test_a_skipped_job_waits_again_and_a_late_report_of_a_recalled_one_is_ignore
     job = claimed()
     dispatcher.add([job], 0.0)
     sent(dispatcher)
-    member = dispatcher.members[1]
-    dispatcher.skipped(member, Skipped(1))
+    slot = dispatcher.executors[1].slots[0]
+    dispatcher.skipped(slot, Skipped(1))
     assert dispatcher.waiting == 1
-    dispatcher.finished(member, Succeeded(1, 0.0, 1.0))
+    dispatcher.finished(slot, Succeeded(1, 0.0, 1.0))
     assert dispatcher.outcomes == []
 
 
@@ -169,22 +180,22 @@ def test_a_death_costs_only_the_running_job(make: Callable[..., Dispatcher]) -> 
     jobs = [claimed("fast") for _ in range(5)]
     dispatcher.add(jobs, 0.0)
     sent(dispatcher)
-    member = dispatcher.members[1]
-    succeed(dispatcher, member, 1, 0.00002)
-    member.board.start(2)
-    assert dispatcher.gone(member, "executor 7 was killed by SIGKILL") is jobs[1]
+    slot = dispatcher.executors[1].slots[0]
+    succeed(dispatcher, slot, 1, 0.00002)
+    slot.board.start(2)
+    assert dispatcher.gone(slot.executor, "executor 7 was killed by SIGKILL") == [(slot, jobs[1])]
     verbs = [(outcome.id, outcome.verb, outcome.kind) for outcome in dispatcher.outcomes]
     assert verbs == [(jobs[0].id, "finish", "failed"), (jobs[1].id, "retry", "crashed")]
     assert "killed by SIGKILL while running job" in str(dispatcher.outcomes[1].error_message)
     assert dispatcher.waiting == 3
-    assert dispatcher.members == {}
+    assert dispatcher.executors == {}
 
 
 def test_a_death_between_jobs_costs_nothing(make: Callable[..., Dispatcher]) -> None:
     dispatcher = make(1)
     dispatcher.add([claimed()], 0.0)
     sent(dispatcher)
-    assert dispatcher.gone(dispatcher.members[1], "exited") is None
+    assert dispatcher.gone(dispatcher.executors[1], "exited") == []
     assert (dispatcher.outcomes, dispatcher.waiting) == ([], 1)
 
 
@@ -193,9 +204,9 @@ def test_the_third_crash_buries_under_the_tasks_dead_letter_queue(make: Callable
     dispatcher.tasks = {"task": TaskFacts("letters")}
     dispatcher.add([claimed(crashes=2)], 0.0)
     sent(dispatcher)
-    member = dispatcher.members[1]
-    member.board.start(1)
-    dispatcher.gone(member, "executor 7 was killed by SIGSEGV")
+    slot = dispatcher.executors[1].slots[0]
+    slot.board.start(1)
+    dispatcher.gone(slot.executor, "executor 7 was killed by SIGSEGV")
     (outcome,) = dispatcher.outcomes
     assert (outcome.verb, outcome.reason, outcome.dead_letter_queue) == ("bury", "crashed", "letters")
 
@@ -204,9 +215,9 @@ def test_a_job_killed_by_the_supervisor_goes_back_without_a_crash(make: Callable
     dispatcher = make(1)
     dispatcher.add([claimed()], 0.0)
     sent(dispatcher)
-    member = dispatcher.members[1]
-    member.board.start(1)
-    dispatcher.gone(member, "killed", by_us=True)
+    slot = dispatcher.executors[1].slots[0]
+    slot.board.start(1)
+    dispatcher.gone(slot.executor, "killed", by_us=True)
     assert [outcome.verb for outcome in dispatcher.outcomes] == ["release"]
     assert dispatcher.crashed == 0
 
@@ -233,8 +244,8 @@ def test_a_failure_is_a_retry_or_a_burial_as_the_executor_decided(make: Callable
     sent(dispatcher)
     again = Failed(1, 0.0, 1.0, "E", "m", "t", delay=2.0)
     dead = Failed(1, 0.0, 1.0, "E", "m", "t", reason="retries_exhausted", dead_letter_queue="letters")
-    dispatcher.finished(dispatcher.members[1], again)
-    dispatcher.finished(dispatcher.members[2], dead)
+    dispatcher.finished(dispatcher.executors[1].slots[0], again)
+    dispatcher.finished(dispatcher.executors[2].slots[0], dead)
     first, second = dispatcher.outcomes
     assert (first.verb, first.delay) == ("retry", 2.0)
     assert (second.verb, second.reason, second.dead_letter_queue) == ("bury", "retries_exhausted", "letters")
@@ -253,7 +264,7 @@ def test_only_jobs_running_for_long_are_reported_as_running(make: Callable[..., 
     jobs = [claimed(), claimed()]
     dispatcher.add(jobs, 0.0)
     sent(dispatcher)
-    dispatcher.members[1].board.start(1)
+    dispatcher.executors[1].slots[0].board.start(1)
     assert dispatcher.running_for(1.0, 5.0) == []
     assert dispatcher.running_for(1.0, 6.0) == [jobs[0].id]
 
@@ -272,8 +283,8 @@ def test_a_stuck_executor_is_not_topped_up(make: Callable[..., Dispatcher]) -> N
     teach(dispatcher, "fast", 0.00002)
     dispatcher.add([claimed("fast") for _ in range(10)], 0.0)
     sent(dispatcher, 0.0)
-    member = dispatcher.members[1]
-    member.board.start(1)
+    slot = dispatcher.executors[1].slots[0]
+    slot.board.start(1)
     dispatcher.take_back_stalled(1.0)
     dispatcher.take_back_stalled(1.0 + STALL)
     teach(dispatcher, "fast", 0.00002)
@@ -299,13 +310,13 @@ class TestTimeLimit:
         teach(dispatcher, "task", 0.00002)
         dispatcher.add([claimed(), claimed()], 0.0)
         sent(dispatcher)
-        member = dispatcher.members[1]
-        member.board.start(1)
+        slot = dispatcher.executors[1].slots[0]
+        slot.board.start(1)
         assert dispatcher.kill_overdue(10.0) == []
         assert dispatcher.kill_overdue(14.9) == []
-        assert dispatcher.kill_overdue(15.0) == [member]
+        assert dispatcher.kill_overdue(15.0) == [slot.executor]
         assert dispatcher.kill_overdue(16.0) == [], "killed once"
-        dispatcher.gone(member, "was killed")
+        dispatcher.gone(slot.executor, "was killed")
         (outcome,) = dispatcher.outcomes
         assert (outcome.verb, outcome.reason, outcome.kind) == ("bury", "time_limit", "failed")
         assert (outcome.dead_letter_queue, dispatcher.crashed, dispatcher.waiting) == ("late", 0, 1)
@@ -318,13 +329,13 @@ class TestTimeLimit:
         teach(dispatcher, "task", 0.00002)
         dispatcher.add([claimed(), claimed()], 0.0)
         sent(dispatcher)
-        member = dispatcher.members[1]
-        member.board.start(1)
+        slot = dispatcher.executors[1].slots[0]
+        slot.board.start(1)
         dispatcher.kill_overdue(0.0)
         dispatcher.kill_overdue(5.0)
-        dispatcher.finished(member, Succeeded(1, 0.0, 5.0))
-        member.board.start(2)
-        dispatcher.gone(member, "was killed")
+        dispatcher.finished(slot, Succeeded(1, 0.0, 5.0))
+        slot.board.start(2)
+        dispatcher.gone(slot.executor, "was killed")
         assert [outcome.verb for outcome in dispatcher.outcomes] == ["finish", "release"]
 
     def test_a_policy_that_names_it_is_asked(self, make: Callable[..., Dispatcher]) -> None:
@@ -336,11 +347,11 @@ class TestTimeLimit:
             job.retries = retries
             dispatcher.add([job], 0.0)
             sent(dispatcher)
-            member = dispatcher.members[1]
-            member.board.start(1)
+            slot = dispatcher.executors[1].slots[0]
+            slot.board.start(1)
             dispatcher.kill_overdue(0.0)
             dispatcher.kill_overdue(5.0)
-            dispatcher.gone(member, "was killed")
+            dispatcher.gone(slot.executor, "was killed")
             (outcome,) = dispatcher.outcomes
             assert outcome.verb == verb
             assert outcome.delay == (7.0 if verb == "retry" else 0.0)
@@ -385,8 +396,8 @@ class TestCrashes:
         dispatcher.tasks = {"task": facts}
         dispatcher.add([claimed(crashes=crashes)], 0.0)
         sent(dispatcher)
-        dispatcher.members[1].board.start(1)
-        dispatcher.gone(dispatcher.members[1], "was killed", by_us=by_us)
+        dispatcher.executors[1].slots[0].board.start(1)
+        dispatcher.gone(dispatcher.executors[1], "was killed", by_us=by_us)
         assert [outcome.verb for outcome in dispatcher.outcomes] == [verb]
 
 
@@ -394,6 +405,65 @@ def test_a_snoozed_job_waits_and_nothing_has_failed(make: Callable[..., Dispatch
     dispatcher = make(1)
     dispatcher.add([claimed()], 0.0)
     sent(dispatcher)
-    dispatcher.finished(dispatcher.members[1], Snoozed(1, 0.0, 1.0, 30.0))
+    dispatcher.finished(dispatcher.executors[1].slots[0], Snoozed(1, 0.0, 1.0, 30.0))
     (outcome,) = dispatcher.outcomes
     assert (outcome.verb, outcome.delay, dispatcher.failed) == ("snooze", 30.0, 0)
+
+
+class TestSeveralSlots:
+    def overdue(self, make: Callable[..., Dispatcher]) -> tuple[Dispatcher, list[Slot]]:
+        """An executor with three slots: one job at its limit, one that goes on, one recalled in time."""
+        dispatcher = make(executors=1, slots=3)
+        dispatcher.tasks = {"task": TaskFacts(), "slow": TaskFacts(time_limit=5.0)}
+        dispatcher.add([claimed("slow"), claimed("task"), claimed("task")], now=0.0)
+        sent(dispatcher)
+        slots = dispatcher.executors[1].slots
+        for slot in slots[:2]:
+            slot.board.start(1)
+        assert dispatcher.kill_overdue(1.0) == []
+        return dispatcher, slots
+
+    def test_the_other_jobs_get_time_to_end_and_nothing_new_comes(
+        self, make: Callable[..., Dispatcher]
+    ) -> None:
+        dispatcher, slots = self.overdue(make)
+        assert dispatcher.kill_overdue(6.0) == []
+        assert dispatcher.leaving == [dispatcher.executors[1]]
+        assert dispatcher.waiting == 1, "what had not started waits for another executor"
+        assert sent(dispatcher, 6.0) == {}
+        succeed(dispatcher, slots[1], 1, 0.1)
+        assert dispatcher.kill_overdue(6.1) == [dispatcher.executors[1]]
+        assert dispatcher.kill_overdue(6.2) == [], "once"
+
+    def test_those_that_do_not_end_go_back_without_a_crash(self, make: Callable[..., Dispatcher]) -> None:
+        dispatcher, _ = self.overdue(make)
+        dispatcher.kill_overdue(6.0)
+        assert dispatcher.kill_overdue(6.0 + OTHERS_GRACE) == [dispatcher.executors[1]]
+        dispatcher.gone(dispatcher.executors[1], "was killed")
+        buried, released = dispatcher.outcomes
+        assert (buried.verb, buried.reason, released.verb) == ("bury", "time_limit", "release")
+        assert dispatcher.crashed == 0
+
+    def test_a_crash_is_one_of_every_job_that_ran(self, make: Callable[..., Dispatcher]) -> None:
+        dispatcher, slots = self.overdue(make)
+        gone = dispatcher.gone(dispatcher.executors[1], "died")
+        assert [slot for slot, _ in gone] == slots[:2]
+        assert (dispatcher.crashed, dispatcher.waiting) == (2, 1)
+
+
+def test_nothing_is_claimed_ahead_for_slots_whose_jobs_turned_out_long(
+    make: Callable[..., Dispatcher],
+) -> None:
+    dispatcher = make(2)
+    teach(dispatcher, "fast", 0.001)
+    assert dispatcher.wanted() > 2
+    dispatcher.add([claimed("fast"), claimed("fast")], 0.0)
+    sent(dispatcher)
+    for slot in dispatcher.slots:
+        slot.board.start(1)
+    dispatcher.take_back_stalled(0.0)
+    dispatcher.take_back_stalled(STALL)
+    assert dispatcher.wanted() == 0
+    first = next(dispatcher.slots)
+    succeed(dispatcher, first, 1, 10.0)
+    assert dispatcher.wanted() > 0

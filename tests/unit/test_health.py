@@ -26,7 +26,7 @@ from pgqueue.database.store import ANSWER_PATIENCE
 from pgqueue.errors import ConfigError, WorkerError
 from pgqueue.worker import health
 from pgqueue.worker.claimer import RENEW
-from pgqueue.worker.dispatcher import Dispatcher, Member
+from pgqueue.worker.dispatcher import Dispatcher, Executor, Slot
 from pgqueue.worker.health import (
     BEAT_PATIENCE,
     BLIND,
@@ -79,12 +79,13 @@ class Case:
         self.set_executors(2)
 
     def set_executors(self, count: int, *, busy: int = 0) -> None:
-        self.dispatcher.members = {
-            number: Member(number, 100 + number, None, ready=True)  # type: ignore[arg-type]
-            for number in range(count)
+        self.dispatcher.executors = {
+            number: Executor(number, 100 + number, ready=True) for number in range(count)
         }
+        for executor in self.dispatcher.executors.values():
+            executor.slots.append(Slot(executor, 0, None))  # type: ignore[arg-type]
         for number in range(busy):
-            self.dispatcher.members[number].in_flight[1] = object()  # type: ignore[assignment]
+            self.dispatcher.executors[number].slots[0].in_flight[1] = object()  # type: ignore[assignment]
 
     def pass_time(
         self, seconds: float, *, claiming: bool = True, beating: bool = True, failing: bool = False

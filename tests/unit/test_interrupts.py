@@ -133,11 +133,11 @@ class TestCancelling:
         wanted[0] = 1
         assert alarm.is_cancelled
         with pytest.raises(TaskCancelled):
-            alarm._look()
+            alarm.look()
         alarm.leave()
-        alarm._look()
+        alarm.look()
         alarm.enter(2)
-        alarm._look()
+        alarm.look()
 
     def test_one_that_was_cancelled_before_it_began_does_not(self) -> None:
         with pytest.raises(TaskCancelled):
@@ -149,7 +149,7 @@ class TestCancelling:
         alarm.enter(1)
         alarm.hold()
         wanted[0] = 1
-        alarm._look()
+        alarm.look()
 
         async def body() -> str:
             try:

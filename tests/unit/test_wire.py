@@ -35,7 +35,7 @@ def test_frames_come_out_as_they_went_in_however_the_stream_is_cut(texts: list[s
     stream = b"".join(bytes(frame(Jobs([job(1, text)]))) for text in texts)
     frames, out = Frames(), []
     for start in range(0, len(stream), size):
-        out += [decode_jobs(payload)[0].args for payload in frames.feed(stream[start : start + size])]
+        out += [decode_jobs(payload).jobs[0].args for payload in frames.feed(stream[start : start + size])]
     assert out == texts
 
 
@@ -61,7 +61,7 @@ def test_a_stream_that_is_not_ours_is_refused() -> None:
 def boards() -> Iterator[tuple[Board, Board]]:
     """The executor's and the supervisor's view of one board."""
     descriptor = Board.create()
-    executor, supervisor = Board(descriptor), Board(descriptor)
+    (executor,), (supervisor,) = Board.map(descriptor), Board.map(descriptor)
     os.close(descriptor)
     yield executor, supervisor
     executor.close()
