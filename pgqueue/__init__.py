@@ -38,6 +38,7 @@ from pgqueue.errors import (
     WorkerError,
     WrongDatabase,
 )
+from pgqueue.job import Progress
 from pgqueue.options import JobOptions
 from pgqueue.result import AsyncResult
 from pgqueue.task import Signature, Task
@@ -64,6 +65,7 @@ __all__ = [
     "PermissionDenied",
     "PgQueue",
     "PgQueueError",
+    "Progress",
     "Reject",
     "Request",
     "ResultError",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, NoReturn, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
+from pgqueue.codec import clean_text
 from pgqueue.errors import Retry, shown
+from pgqueue.job import Progress
 from pgqueue.options import check_max_retries, check_seconds, check_time
 
 
@@ -52,6 +55,9 @@ class Control(Protocol):
     def is_cancelled(self) -> bool:
         """Somebody wants the job cancelled."""
 
+    def report(self, progress: Progress) -> None:
+        """The run has come so far."""
+
 
 class TaskContext:
     """The first argument of a task declared with `bind=True`.
@@ -81,6 +87,26 @@ class TaskContext:
     def cancelled(self) -> bool:
         """Whether somebody wants this job cancelled; what ends from here on is not retried."""
         return self._control is not None and self._control.is_cancelled
+
+    def progress(self, done: float, total: float | None = None, note: str | None = None) -> None:
+        """Say how far this run is; `AsyncResult.progress` shows it at most a second later.
+
+        Costs a few microseconds and no write, however often it is called. Called directly it does nothing.
+
+        Args:
+            done: 0 or more, in any unit.
+            total: In the same unit; None if it is not known.
+            note: A few words; of more than 200 bytes the middle is cut out.
+
+        Raises:
+            TypeError: What is to be a number is none, or the note is not text.
+            ValueError: A number is negative or not finite.
+        """
+        progress = Progress(
+            _amount("done", done), None if total is None else _amount("total", total), _note(note)
+        )
+        if self._control is not None:
+            self._control.report(progress)
 
     def retry(
         self,
@@ -118,3 +144,27 @@ class TaskContext:
             cause=cause,
             max_retries=check_max_retries(max_retries),
         ) from cause
+
+
+MAX_NOTE: Final = 200
+"""Bytes of a progress note."""
+
+
+def _amount(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    try:
+        amount = float(value)
+    except OverflowError:
+        amount = math.inf
+    if not 0 <= amount < math.inf:
+        raise ValueError(f"{name} must be a number from 0 on, got {shown(value)}")
+    return amount
+
+
+def _note(note: object) -> str | None:
+    if note is None:
+        return None
+    if not isinstance(note, str):
+        raise TypeError(f"note must be text, got {shown(note)}")
+    return clean_text(note, MAX_NOTE)

@@ -129,3 +129,18 @@ class JobRequest:
     on_conflict: str = "return"
     history: bool = True
     given_id: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a running job says it is.
+
+    Attributes:
+        done: In the task's own unit.
+        total: The same; None if it does not know.
+        note: A few words, 200 bytes at most.
+    """
+
+    done: float
+    total: float | None = None
+    note: str | None = None

@@ -5,6 +5,7 @@ Reads run on connections of our own, never on the caller's: an uncommitted job i
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
@@ -31,7 +32,7 @@ from pgqueue.errors import (
     ResultUnavailable,
     shown,
 )
-from pgqueue.job import FINISHED_STATES, State
+from pgqueue.job import FINISHED_STATES, Progress, State
 
 if TYPE_CHECKING:
     from pgqueue.database.pool import Database
@@ -154,6 +155,17 @@ class AsyncResult(Generic[R_co]):
         """`get`, awaited."""
         return await adrive(self._until_ended(timeout), self._aperform)
 
+    @property
+    def progress(self) -> Progress | None:
+        """How far the running job says it is (`self.progress` in the task), at most a second ago; None while
+        it does not run, or has said nothing.
+        """
+        return self._database().run(self._find_progress)
+
+    async def aprogress(self) -> Progress | None:
+        """`progress`, awaited."""
+        return await self._database().arun(self._find_progress)
+
     def cancel(self, reason: str | None = None) -> Literal["cancelled", "requested", "too_late"]:
         """Cancel the job, for the `reason` that the audit log keeps.
 
@@ -233,6 +245,13 @@ class AsyncResult(Generic[R_co]):
     def _find(self, channel: Channel) -> Steps[Outcome]:
         rows = yield Statement("find_job", {"id": self._id})
         return Outcome(*rows[0]) if rows else Outcome("unknown")
+
+    def _find_progress(self, channel: Channel) -> Steps[Progress | None]:
+        rows = yield Statement("find_progress", {"id": self._id})
+        if not rows or rows[0][0] is None:
+            return None
+        done, total, note = json.loads(rows[0][0])
+        return Progress(done, total, note)
 
     def _value(self, outcome: Outcome) -> Any:
         """The result of a job that has ended, or the error that stands for it."""

@@ -29,11 +29,11 @@ from pgqueue.retry import Again
 from pgqueue.shapes import class_name
 from pgqueue.worker.interrupts import Interrupter, interruptible
 from pgqueue.worker.tracebacks import describe
-from pgqueue.worker.wire import Cancelled, Failed, Job, Snoozed, Succeeded, clock
+from pgqueue.worker.wire import Board, Cancelled, Failed, Job, Snoozed, Succeeded, clock
 
 if TYPE_CHECKING:
     from pgqueue.app import PgQueue
-    from pgqueue.job import DeadReason
+    from pgqueue.job import DeadReason, Progress
     from pgqueue.task import Task
 
 log = logging.getLogger("pgqueue.worker")
@@ -46,13 +46,35 @@ COUNT_LIMIT = 1_000_000_000
 Outcome = Succeeded | Failed | Snoozed | Cancelled
 
 
-class Body:
-    """Runs jobs of `app`, one at a time, where `control` can interrupt them."""
+class _Run:
+    """What a task can ask and say of its run."""
 
-    def __init__(self, app: PgQueue, control: Interrupter) -> None:
+    __slots__ = ("_board", "_interrupter", "_number")
+
+    def __init__(self, number: int, interrupter: Interrupter, board: Board | None) -> None:
+        self._number = number
+        self._interrupter = interrupter
+        self._board = board
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._interrupter.is_cancelled
+
+    def report(self, progress: Progress) -> None:
+        if self._board is not None:
+            self._board.report(self._number, progress)
+
+
+class Body:
+    """Runs jobs of `app`, one at a time, where `control` can interrupt them; what they say of themselves goes
+    to the `board`.
+    """
+
+    def __init__(self, app: PgQueue, control: Interrupter, board: Board | None = None) -> None:
         self._app = app
         self._limited = app.config.limited
         self._control = control
+        self._board = board
         self._runner: asyncio.Runner | None = None
         self._random = Random()
         self._recursion_limit = sys.getrecursionlimit()
@@ -125,9 +147,9 @@ class Body:
             control.enter(number)
             if soft and not task.is_async:
                 with control.set(soft, _told(soft)):
-                    value = task.run(request, control)
+                    value = task.run(request, _Run(number, control, self._board))
             else:
-                value = task.run(request, control)
+                value = task.run(request, _Run(number, control, self._board))
             if type(value) is not CoroutineType:  # asking for the class it claims may run its code
                 return value
             control.hold()
@@ -144,7 +166,7 @@ class Body:
             control.enter(number)
             control.hold()
             told = _told(soft) if soft else None
-            value = task.run(request, control)
+            value = task.run(request, _Run(number, control, self._board))
             return await interruptible(value, told, soft, hand_over=control.hand_over)
         finally:
             control.leave()

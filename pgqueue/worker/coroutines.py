@@ -40,7 +40,7 @@ class _Slot:
         self._number = number
         self._alarms = Alarm(lambda: board.cancelled), ThreadAlarm(lambda: board.cancelled)
         self.alarm = self._alarms[0]
-        self._bodies = Body(app, self._alarms[0]), Body(app, self._alarms[1])
+        self._bodies = Body(app, self._alarms[0], board), Body(app, self._alarms[1], board)
         self._starter = Starter(app, board, limits)
         self._channel = channel
         self._limits = limits

@@ -25,7 +25,7 @@ import msgspec
 from pgqueue.config import MAX_CONCURRENCY
 from pgqueue.database.store import CLAIM_LIMIT, ClaimedJob, Outcome
 from pgqueue.errors import TimeLimitExceeded
-from pgqueue.job import OWN_HEADER
+from pgqueue.job import OWN_HEADER, Progress
 from pgqueue.retry import Again, Dead, RetryPolicy, crash_delay
 from pgqueue.worker.wire import Board, Cancelled, Failed, Job, Skipped, Snoozed, Succeeded, TaskFacts
 
@@ -496,6 +496,15 @@ class Dispatcher:
             job = self._running(slot, now)
             if job is not None and now - slot.progress[1] >= seconds:
                 found.append(job.id)
+        return found
+
+    def progress(self) -> dict[str, Progress]:
+        """How far running jobs say they are, by id."""
+        found: dict[str, Progress] = {}
+        for slot in self.slots:
+            said = slot.board.progress if slot.in_flight else None
+            if said is not None and said[0] == slot.board.started and said[0] in slot.in_flight:
+                found[slot.in_flight[said[0]].id] = said[1]
         return found
 
     @staticmethod

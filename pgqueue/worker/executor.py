@@ -139,7 +139,7 @@ class SingleExecutor:
         (board,) = boards
         alarm = Alarm(lambda: board.cancelled)
         alarm.listen()
-        self._body = Body(app, alarm)
+        self._body = Body(app, alarm, board)
         self._channel = channel
         self._limits = Limits(channel, app.config.max_memory_per_child)
         self._starter = Starter(app, board, self._limits)

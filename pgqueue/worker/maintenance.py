@@ -27,6 +27,7 @@ from pgqueue.database.dsn import RETRY_MOST, retry_delay
 from pgqueue.database.store import Call, GroupFailed, Link
 from pgqueue.errors import DatabaseUnavailable
 from pgqueue.failpoints import failpoint
+from pgqueue.job import Progress
 from pgqueue.worker.claimer import RENEW
 from pgqueue.worker.dispatcher import Dispatcher
 from pgqueue.worker.identity import Identity
@@ -44,7 +45,8 @@ PROMOTE_INTERVAL = 0.1
 """Seconds between looks for due jobs while there is work; asleep, the next eta decides."""
 PROMOTE_SWEEP = 5.0
 DISCOVER_INTERVAL = 1.0
-RUNNING_INTERVAL = 1.0
+RUNNING_INTERVAL = 0.8
+"""Seconds at least between heartbeats that tell of running jobs: what they say is seen within a second."""
 RUNNING_AFTER = 1.0
 SHARE_INTERVAL = 0.1
 CANCEL_INTERVAL = 1.0
@@ -155,6 +157,7 @@ class Maintenance:
         self._looked_at = float("-inf")
         self._last_promotion = float("-inf")
         self._last_running: list[str] = []
+        self._last_progress: dict[str, Progress] = {}
         self._failures = 0
         self.last_beat: float | None = None
         """When this worker last registered or beat, as the database has confirmed."""
@@ -264,6 +267,7 @@ class Maintenance:
         """Heartbeat, then fence the silent and rescue what they held."""
         failpoint("heartbeat_before")
         self._last_running = self._dispatcher.running_for(RUNNING_AFTER, now)
+        self._last_progress = self._dispatcher.progress()
         answers = await self._link.run([self._heartbeat_call()], [Call("list_heartbeats")])
         self._heartbeat.at = now + self._config.heartbeat
         self.last_beat = now
@@ -390,16 +394,19 @@ class Maintenance:
             await self._link.call("wake_workers", queues=queues, eta=None)
 
     def _running_changed(self, now: float) -> bool:
-        """Whether the jobs known to be running differ from what the last heartbeat said, at most once a
-        second.
+        """Whether the jobs known to be running, or how far they are, differ from what the last heartbeat
+        said; at most once in `RUNNING_INTERVAL`.
         """
         if now < self._heartbeat.at - self._config.heartbeat + RUNNING_INTERVAL:
             return False
-        return self._dispatcher.running_for(RUNNING_AFTER, now) != self._last_running
+        running = self._dispatcher.running_for(RUNNING_AFTER, now)
+        return running != self._last_running or self._dispatcher.progress() != self._last_progress
 
     def _heartbeat_call(self) -> Call:
         dispatcher = self._dispatcher
+        progress = {id: [each.done, each.total, each.note] for id, each in self._last_progress.items()}
         stats = {
+            **({"progress": progress} if progress else {}),
             "succeeded": dispatcher.succeeded,
             "failed": dispatcher.failed,
             "crashed": dispatcher.crashed,

@@ -32,7 +32,7 @@ class _Slot:
         self.alarm = ThreadAlarm(lambda: board.cancelled)
         self.jobs: SimpleQueue[Job] = SimpleQueue()
         self._number = number
-        self._body = Body(app, self.alarm)
+        self._body = Body(app, self.alarm, board)
         self._starter = Starter(app, board, limits)
         self._channel = channel
         self._limits = limits

@@ -5,7 +5,7 @@ that the database sent; only the executor decodes them.
 
 An executor has one slot or several, each with jobs of its own, numbered from one, and a board of its own.
 
-The board is 64 bytes of shared memory per slot. The executor writes the number of the job it starts; the
+The board is 320 bytes of shared memory per slot. The executor writes the number of the job it starts; the
 supervisor reads it, so a crash costs only the job that was running and a stall is seen without asking. To
 take jobs back, the supervisor writes a range of numbers that must not start any more. Each side writes its
 own cell before it reads the other's: either the executor sees the range, or the supervisor sees that the job
@@ -19,8 +19,10 @@ the supervisor for it, kills an executor that is still in such a job then.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
+import struct
 import sys
 import tempfile
 import time
@@ -28,6 +30,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+
+from pgqueue.job import Progress
 
 HEADER = 4
 MAX_FRAME = 64 << 20
@@ -250,13 +254,16 @@ def decode_from_fork_server(payload: bytes) -> FromForkServer:
 class Board:
     """The memory that one slot of an executor shares with its supervisor; see the module's text."""
 
-    SIZE = 64
-    _STARTED, _FROM, _UPTO, _EXCLUSIVE, _UNTIL, _CANCELLED = range(6)
+    SIZE = 320
+    _STARTED, _FROM, _UPTO, _EXCLUSIVE, _UNTIL, _CANCELLED, _VERSION = range(7)
+    _PROGRESS = 64
+    _FACTS = struct.Struct("=QddH")
 
     def __init__(self, memory: mmap.mmap, slot: int = 0) -> None:
         self._memory = memory
         start = slot * self.SIZE
-        self._cells = memoryview(memory)[start : start + self.SIZE].cast("Q")
+        self._bytes = memoryview(memory)[start : start + self.SIZE]
+        self._cells = self._bytes.cast("Q")
 
     @classmethod
     def map(cls, descriptor: int, slots: int = 1) -> list[Board]:
@@ -294,6 +301,7 @@ class Board:
     def close(self) -> None:
         """Let go of it; with the last board of an executor the memory is unmapped."""
         self._cells.release()
+        self._bytes.release()
         del self._memory
 
     def start(self, number: int) -> bool:
@@ -324,6 +332,30 @@ class Board:
     @cancelled.setter
     def cancelled(self, number: int) -> None:
         self._cells[self._CANCELLED] = number
+
+    def report(self, number: int, progress: Progress) -> None:
+        """Executor: the run of job `number` has come so far."""
+        note = (progress.note or "").encode()[: self.SIZE - self._PROGRESS - self._FACTS.size]
+        total = math.nan if progress.total is None else progress.total
+        version = self._cells[self._VERSION] | 1  # odd while it is being written
+        self._cells[self._VERSION] = version
+        self._FACTS.pack_into(self._bytes, self._PROGRESS, number, progress.done, total, len(note))
+        start = self._PROGRESS + self._FACTS.size
+        self._bytes[start : start + len(note)] = note
+        self._cells[self._VERSION] = version + 1
+
+    @property
+    def progress(self) -> tuple[int, Progress] | None:
+        """Supervisor: how far the run of which job has come; None if it has not said so, or says so now."""
+        version = self._cells[self._VERSION]
+        if version == 0 or version & 1:
+            return None
+        number, done, total, length = self._FACTS.unpack_from(self._bytes, self._PROGRESS)
+        start = self._PROGRESS + self._FACTS.size
+        note = bytes(self._bytes[start : start + length]).decode(errors="ignore")
+        if self._cells[self._VERSION] != version:
+            return None
+        return number, Progress(done, None if math.isnan(total) else total, note or None)
 
     def runs_too_long(self, now: float) -> bool:
         """Fork server: others may take the exclusive job that is running here."""

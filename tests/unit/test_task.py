@@ -82,6 +82,29 @@ class TestRun:
             Request(id="1", task="t").retries = 1  # type: ignore[misc]
 
 
+class TestProgress:
+    def test_called_directly_it_does_nothing(self) -> None:
+        TestRetry.context(directly=True).progress(1, 2, "note")
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "complaint"),
+        [
+            (("1",), TypeError, "done must be a number, got '1'"),
+            ((True,), TypeError, "done must be a number, got True"),
+            ((-1,), ValueError, "done must be a number from 0 on, got -1"),
+            ((float("nan"),), ValueError, "done must be a number from 0 on, got nan"),
+            ((10**400,), ValueError, "done must be a number from 0 on, got 1000"),
+            ((1, "2"), TypeError, "total must be a number, got '2'"),
+            ((1, 2, 3), TypeError, "note must be text, got 3"),
+        ],
+    )
+    def test_what_is_wrong_is_said(
+        self, arguments: tuple[Any, ...], error: type[Exception], complaint: str
+    ) -> None:
+        with pytest.raises(error, match=complaint):
+            TestRetry.context().progress(*arguments)
+
+
 class TestRetry:
     @staticmethod
     def context(directly: bool = False) -> TaskContext:

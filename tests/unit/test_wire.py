@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgqueue.job import Progress
 from pgqueue.worker.wire import (
     HEADER,
     MAX_FRAME,
@@ -134,3 +135,20 @@ def test_a_job_that_starts_during_the_recall_stays_with_the_executor(boards: tup
             "job 2 had started before the recall ended: the supervisor must not give it to another"
         )
     assert {ran for ran, _ in outcomes} == {True, False}
+
+
+class TestProgress:
+    @pytest.mark.parametrize(
+        "progress",
+        [Progress(0), Progress(1.5, 3.0), Progress(2**53, None, "x" * 200), Progress(1, 2, "\u00e9\ud55c")],
+    )
+    def test_what_is_written_is_read(self, progress: Progress) -> None:
+        descriptor = Board.create(2)
+        (_, executor), (first, second) = Board.map(descriptor, 2), Board.map(descriptor, 2)
+        os.close(descriptor)
+        assert second.progress is None
+        executor.report(7, progress)
+        assert second.progress == (7, progress)
+        assert first.progress is None
+        executor.report(8, Progress(1))
+        assert second.progress == (8, Progress(1)), "nothing is left of the note before"

@@ -129,6 +129,28 @@ async def exits_async() -> None:
     raise SystemExit(3)
 
 
+@app.task(bind=True)
+def reports(self: TaskContext, path: str) -> None:
+    for done in range(10_000):
+        self.progress(done, 20_000, "first half")
+    self.progress(10_000, 20_000, "half of it, " + "\N{HANGUL SYLLABLE GA}" * 100)
+    note("start", self)
+    wait_for(path)
+    self.progress(20_000)
+    wait_for(path + "-2")
+
+
+@app.task(bind=True)
+async def reports_async(self: TaskContext, path: str) -> None:
+    self.progress(10_000, 20_000, "half of it, " + "\N{HANGUL SYLLABLE GA}" * 100)
+    note("start", self)
+    while not os.path.exists(path):  # noqa: ASYNC110, ASYNC240
+        await asyncio.sleep(0.02)
+    self.progress(20_000)
+    while not os.path.exists(path + "-2"):  # noqa: ASYNC110, ASYNC240
+        await asyncio.sleep(0.02)
+
+
 @app.task
 def debugged() -> int:
     answer = 41
