@@ -22,7 +22,7 @@ from pgqueue import PgQueue
 from pgqueue.errors import EnqueueUncertain, PgQueueError
 from pgqueue.job import new_id
 from pgqueue.task import Signature
-from tests.acceptance.workers import Gate, Jobs, Worker, Workers, eventually
+from tests.acceptance.workers import Jobs, Worker, Workers, eventually
 from tests.faults.nth_call_proxy import SQLSTATES, Fault, How, NthCallProxy, proxied
 
 T = TypeVar("T")
@@ -326,21 +326,6 @@ def test_every_call_may_break(place: Place, kind: str) -> None:
     place.start_worker()
     run(place, None)
     assert walk(place, kind)
-
-
-def test_lost_claim_of_a_job_just_given_back(place: Place, tmp_path: Path) -> None:
-    """Acks and the next claim travel together: a job may be given back and claimed anew in one of them."""
-    gate = Gate(tmp_path)
-    place.start_worker()
-    place.jobs.wait(place.jobs.add_many("mark", [(n,) for n in range(50)]))  # short ones: it claims ahead
-    place.proxy.arm(Fault("claim", 1, "cut after", after=("release_jobs", "claim_jobs")))
-    ids = place.jobs.add_many("gated", [(gate.path,)]) + place.jobs.add_many(
-        "mark", [(n,) for n in range(20)]
-    )
-    eventually(lambda: place.proxy.hit, "a claim is lost", RECOVERY)
-    assert place.proxy.hit == "claim: COMMIT"
-    gate.open()
-    assert place.jobs.ends(ids, RECOVERY) == {"succeeded": 21}
 
 
 def live(place: Place, starting: Fault | None = None, stopping: Fault | None = None) -> str | None:
