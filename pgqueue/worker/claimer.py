@@ -377,8 +377,9 @@ class Claimer:
 
     async def _adopt(self, worker: str) -> int:
         """Take over, row by row, the jobs that run under our name without our knowing; returns how many."""
+        held = self._dispatcher.holds  # a transactional run may end by itself while we ask
         jobs, unreadable = decode_claimed(await self._link.call("list_claimed", worker=worker), worker)
-        held = self._dispatcher.holds
+        held |= self._dispatcher.holds
         # By attempt: a job we gave back may have been claimed again in the round trip whose answer was lost.
         ended = {(outcome.id, outcome.attempt) for outcome in self._acking + self._aside}
         unknown = [job for job in jobs if job.id not in held and (job.id, job.attempt) not in ended]

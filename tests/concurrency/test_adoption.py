@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import closing
 from random import Random
 
 import psycopg
 import pytest
 
-from pgqueue.database.store import Link, Outcome
+from pgqueue.database.store import ClaimedJob, Link, Outcome, Row
 from pgqueue.worker.claimer import Claimer
 from pgqueue.worker.dispatcher import Dispatcher
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes
 
+Scene = Callable[[Claimer, Dispatcher, Link, str], Awaitable[None]]
 
-@pytest.mark.parametrize(("claimed", "adopted"), [(1, 0), (2, 1)])
-def test_a_job_given_back_and_claimed_anew_in_one_lost_round_trip(
-    db: str, claimed: int, adopted: int
-) -> None:
-    """Acks and the next claim travel together. The answer to both was lost: was the job claimed again?"""
 
-    async def scene() -> None:
-        link, identity, dispatcher = (
-            Link(db, schema="pgqueue", name="claim"),
-            Identity(),
-            Dispatcher(max_crashes=3),
-        )
+def play(db: str, attempt: int, scene: Scene) -> None:
+    """With one job that runs as this attempt under the claimer's name."""
+
+    async def run() -> None:
+        link, identity = Link(db, schema="pgqueue", name="claim"), Identity()
+        dispatcher = Dispatcher(max_crashes=3)
         claimer = Claimer(
             link,
             Lanes(["default"], None, Random(1)),
@@ -39,7 +37,7 @@ def test_a_job_given_back_and_claimed_anew_in_one_lost_round_trip(
             poll_interval=5.0,
             random=Random(1),
         )
-        with psycopg.connect(db, autocommit=True) as connection:
+        with closing(psycopg.connect(db, autocommit=True)) as connection:
             connection.execute(
                 "INSERT INTO pgqueue.workers (id, host, pid, queues, pool, concurrency, version)"
                 " VALUES (%s, 'h', 1, '{}', 'prefork', 1, '0')",
@@ -48,17 +46,54 @@ def test_a_job_given_back_and_claimed_anew_in_one_lost_round_trip(
             row = connection.execute(
                 "INSERT INTO pgqueue.jobs (id, task, state, attempt, worker_id, claimed_at)"
                 " VALUES (pgqueue.uuid7(), 't', 'running', %s, %s, now()) RETURNING id::text",
-                [claimed, identity.id],
+                [attempt, identity.id],
             ).fetchone()
-            assert row is not None
-            claimer._acking = [Outcome(row[0], 1, identity.id, "release", queue="default", uncertain=True)]
-            claimer.draining = True  # it claims nothing else
-            try:
-                await claimer.run_once()
-                assert dispatcher.waiting == adopted
-                state = connection.execute("SELECT state, attempt FROM pgqueue.jobs").fetchone()
-                assert state == ("running", 2) if adopted else ("ready", 1)
-            finally:
-                await link.close()
+        assert row is not None
+        claimer.draining = True  # it claims nothing else
+        try:
+            await scene(claimer, dispatcher, link, row[0])
+        finally:
+            await link.close()
 
-    asyncio.run(scene())
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("claimed", "adopted"), [(1, 0), (2, 1)])
+def test_a_job_given_back_and_claimed_anew_in_one_lost_round_trip(
+    db: str, claimed: int, adopted: int
+) -> None:
+    """Acks and the next claim travel together. The answer to both was lost: was the job claimed again?"""
+
+    async def scene(claimer: Claimer, dispatcher: Dispatcher, link: Link, job: str) -> None:
+        worker = claimer._identity.id
+        claimer._acking = [Outcome(job, 1, worker, "release", queue="default", uncertain=True)]
+        await claimer.run_once()
+        assert dispatcher.waiting == adopted
+        with closing(psycopg.connect(db)) as connection:
+            state = connection.execute("SELECT state, attempt FROM pgqueue.jobs").fetchone()
+        assert state == ("running", 2) if adopted else ("ready", 1)
+
+    play(db, claimed, scene)
+
+
+def test_a_run_that_ends_by_itself_while_the_answer_is_on_its_way(
+    db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transactional run: its row is gone when the worker reads that it is there."""
+
+    async def scene(claimer: Claimer, dispatcher: Dispatcher, link: Link, job: str) -> None:
+        worker, ask = claimer._identity.id, link.call
+        facts = ("default", 5, 1, "t", "[]", "{}", "{}", 1, 0, None, 0, None, False, False, worker)
+        dispatcher.add([ClaimedJob(job, *facts)], 0.0)
+
+        async def answer_late(name: str, **parameters: object) -> list[Row]:
+            rows = await ask(name, **parameters)
+            dispatcher.drop_waiting(worker)
+            return rows
+
+        monkeypatch.setattr(link, "call", answer_late)
+        claimer.wake()
+        await claimer.run_once()
+        assert dispatcher.waiting == 0
+
+    play(db, 1, scene)
