@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_OWN_OPTIONS: Final = frozenset({"imports", "task_defaults", "task_routes"})
+_OWN_OPTIONS: Final = frozenset({"imports", "task_defaults", "task_routes", "session_factory"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,8 @@ class PgQueue:
         task_defaults: Options for all tasks, see `TaskDefaults`.
         task_routes: `{task name or glob: {"queue": …, "priority": …, "dead_letter_queue": …}}`. An exact name
             beats a glob, the first glob that matches beats the others.
+        session_factory: What makes `self.session` of transactional tasks: SQLAlchemy's `sessionmaker()`,
+            `async_sessionmaker()` or anything that takes `bind` and `join_transaction_mode`.
 
     Raises:
         ConfigError: An option is wrong; the message lists all that are.
@@ -88,6 +90,7 @@ class PgQueue:
         imports: Iterable[str] = (),
         task_defaults: Mapping[str, Any] = MappingProxyType({}),
         task_routes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        session_factory: Callable[..., Any] | None = None,
     ) -> None:
         if not _is_text(name):
             raise ConfigError(f"an application's name must be a text that is not empty, got {shown(name)}")
@@ -97,8 +100,14 @@ class PgQueue:
         self._imports: tuple[str, ...] = ()
         self._defaults: Mapping[str, Any] = {}
         self._routes: dict[str, TaskRoute] = {}
+        self.session_factory: Callable[..., Any] | None = None
         self.configure(
-            dsn=dsn, schema=schema, imports=imports, task_defaults=task_defaults, task_routes=task_routes
+            dsn=dsn,
+            schema=schema,
+            imports=imports,
+            task_defaults=task_defaults,
+            task_routes=task_routes,
+            session_factory=session_factory,
         )
 
     def __repr__(self) -> str:
@@ -119,6 +128,8 @@ class PgQueue:
             self._defaults = MappingProxyType(dict(options["task_defaults"]))
         if "task_routes" in options:
             self._routes = _checked_routes(options["task_routes"])
+        if "session_factory" in options:
+            self.session_factory = _checked_factory(options["session_factory"])
         given = {n: value for n, value in options.items() if n not in _OWN_OPTIONS and value is not None}
         settings = {**self._settings, **given}
         Config.load(os.environ, **settings)  # complain now, not at the first use
@@ -383,6 +394,15 @@ def _checked_imports(imports: object) -> tuple[str, ...]:
     if wrong := [name for name in names if not isinstance(name, str) or not name]:
         raise ConfigError(f"imports must be names of modules, got {', '.join(map(shown, wrong))}")
     return names
+
+
+def _checked_factory(factory: Any) -> Callable[..., Any] | None:
+    if factory is None or callable(factory):
+        made: Callable[..., Any] | None = factory
+        return made
+    raise ConfigError(
+        f"session_factory must be what makes sessions, like SQLAlchemy's sessionmaker(), got {shown(factory)}"
+    )
 
 
 def _checked_routes(routes: object) -> dict[str, TaskRoute]:

@@ -48,8 +48,23 @@ class Request:
     called_directly: bool = False
 
 
+class Transaction(Protocol):
+    """What a transactional run happens in."""
+
+    @property
+    def connection(self) -> Any: ...
+    @property
+    def session(self) -> Any: ...
+
+
 class Control(Protocol):
-    """What a worker knows of the run."""
+    """What a worker knows of the run.
+
+    Attributes:
+        transaction: None unless the task is transactional.
+    """
+
+    transaction: Transaction | None
 
     @property
     def is_cancelled(self) -> bool:
@@ -87,6 +102,37 @@ class TaskContext:
     def cancelled(self) -> bool:
         """Whether somebody wants this job cancelled; what ends from here on is not retried."""
         return self._control is not None and self._control.is_cancelled
+
+    @property
+    def connection(self) -> Any:
+        """Of a transactional task: psycopg's `Connection`, an `AsyncConnection` if it is `async def`.
+
+        What is written through it commits together with the job's end, or not at all. The transaction is
+        open, and ends by itself.
+
+        Raises:
+            RuntimeError: The task is not transactional, or was called directly.
+        """
+        return self._transaction("connection").connection
+
+    @property
+    def session(self) -> Any:
+        """Of a transactional task: a SQLAlchemy session in the same transaction, from
+        `PgQueue(session_factory=…)`. Its `commit()` flushes; what it has not committed at the end is.
+
+        Raises:
+            RuntimeError: As for `connection`; or there is no factory, or none for this kind of task.
+        """
+        return self._transaction("session").session
+
+    def _transaction(self, name: str) -> Transaction:
+        if self._control is not None and self._control.transaction is not None:
+            return self._control.transaction
+        if self.task.transactional:
+            raise RuntimeError(
+                f"self.{name} is there when a worker runs the task; called directly it has no transaction"
+            )
+        raise RuntimeError(f"self.{name} needs @app.task(bind=True, transactional=True)")
 
     def progress(self, done: float, total: float | None = None, note: str | None = None) -> None:
         """Say how far this run is; `AsyncResult.progress` shows it at most a second later.

@@ -47,6 +47,8 @@ class TaskDefaults(TypedDict, total=False):
             went silent with the job in its hands, nobody runs it again.
         exclusive: Its runs never overlap: a run whose worker can no longer prove that it is alive is killed
             before others may take the job.
+        transactional: The body runs in a transaction, on `self.connection` or `self.session`, that commits
+            together with the job's end: its effects there happen exactly once. Needs `bind=True`.
         soft_time_limit: Seconds after which `SoftTimeLimitExceeded` is raised in the task.
         time_limit: Seconds after which the task is killed.
         ignore_result: Store no result.
@@ -69,6 +71,7 @@ class TaskDefaults(TypedDict, total=False):
     max_crashes: int
     on_crash: Literal["retry", "dead_letter"]
     exclusive: bool
+    transactional: bool
     soft_time_limit: float | None
     time_limit: float | None
     ignore_result: bool
@@ -321,6 +324,10 @@ def _contradictions(options: Mapping[str, Any]) -> list[str]:
         check_limits(options.get("soft_time_limit"), options.get("time_limit"))
     except ValueError as error:
         errors.append(str(error))
+    if options.get("transactional") and options.get("history") is False:
+        errors.append("transactional needs history: it is what tells that a job has ended")
+    if options.get("transactional") and options.get("bind") is False:
+        errors.append("transactional needs bind=True: the transaction is on self.connection")
     if options.get("on_crash") == "dead_letter" and options.get("max_crashes", 1) != 1:
         errors.append("on_crash='dead_letter' means max_crashes=1; leave one of them out")
     return errors
@@ -341,6 +348,7 @@ _CHECKS: Final[dict[str, Callable[[Any], object]]] = {
     "max_crashes": _check_max_crashes,
     "on_crash": _choice("on_crash", ("retry", "dead_letter")),
     "exclusive": _flag("exclusive"),
+    "transactional": _flag("transactional"),
     "soft_time_limit": lambda value: check_limit("soft_time_limit", value),
     "time_limit": lambda value: check_limit("time_limit", value),
     "ignore_result": _flag("ignore_result"),

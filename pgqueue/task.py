@@ -11,6 +11,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Concatenate,
+    Final,
     Generic,
     NoReturn,
     ParamSpec,
@@ -32,6 +33,9 @@ from pgqueue.retry import RetryPolicy
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+TRANSACTION_LIMIT: Final = 30.0
+"""Seconds that a transactional run may take by default."""
 
 
 class Route(Protocol):
@@ -179,9 +183,17 @@ class Task(Generic[P, R]):
 
     @property
     def time_limit(self) -> float | None:
-        """Seconds after which a run is killed; None or 0 for never."""
+        """Seconds after which a run is killed; None or 0 for never.
+
+        A transactional one is, unless somebody says otherwise: what it has written locks out others, and an
+        open transaction keeps the whole database from cleaning up.
+        """
         limit: float | None = self._options.get("time_limit")
-        return self._app.default_limits[1] if limit is None else limit
+        if limit is None:
+            limit = self._app.default_limits[1]
+        if limit is None and self.transactional:
+            return max(TRANSACTION_LIMIT, 2 * (self.soft_time_limit or 0.0))
+        return limit
 
     @property
     def exclusive(self) -> bool:
@@ -189,9 +201,14 @@ class Task(Generic[P, R]):
         return bool(self._options.get("exclusive"))
 
     @property
+    def transactional(self) -> bool:
+        """Its runs are one transaction with their job's end."""
+        return self.bound and bool(self._options.get("transactional"))
+
+    @property
     def history(self) -> bool:
         """Its jobs are remembered once they have succeeded."""
-        return bool(self._options.get("history", True))
+        return self.transactional or bool(self._options.get("history", True))
 
     @property
     def max_crashes(self) -> int | None:

@@ -9,13 +9,13 @@ import asyncio
 import logging
 import sys
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import copy_context
 from datetime import UTC, datetime
 from random import Random
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -29,10 +29,24 @@ from pgqueue.retry import Again
 from pgqueue.shapes import class_name
 from pgqueue.worker.interrupts import Interrupter, interruptible
 from pgqueue.worker.tracebacks import describe
-from pgqueue.worker.wire import Board, Cancelled, Failed, Job, Snoozed, Succeeded, clock
+from pgqueue.worker.wire import (
+    Board,
+    Cancelled,
+    Ended,
+    Failed,
+    Job,
+    Released,
+    Snoozed,
+    Stale,
+    Succeeded,
+    clock,
+)
 
 if TYPE_CHECKING:
     from pgqueue.app import PgQueue
+    from pgqueue.context import Transaction
+    from pgqueue.database.store import Outcome
+    from pgqueue.database.transaction import AsyncTransactions, Transactions
     from pgqueue.job import DeadReason, Progress
     from pgqueue.task import Task
 
@@ -43,18 +57,29 @@ T = TypeVar("T")
 COUNT_LIMIT = 1_000_000_000
 """Retries that the table can count."""
 
-Outcome = Succeeded | Failed | Snoozed | Cancelled
+
+class _Call(NamedTuple):
+    """What is to be called, and its limits in seconds."""
+
+    task: Task[Any, Any]
+    request: Request
+    number: int
+    soft: float | None
+    hard: float | None
 
 
 class _Run:
     """What a task can ask and say of its run."""
 
-    __slots__ = ("_board", "_interrupter", "_number")
+    __slots__ = ("_board", "_interrupter", "_number", "transaction")
 
-    def __init__(self, number: int, interrupter: Interrupter, board: Board | None) -> None:
+    def __init__(
+        self, number: int, interrupter: Interrupter, board: Board | None, transaction: Transaction | None
+    ) -> None:
         self._number = number
         self._interrupter = interrupter
         self._board = board
+        self.transaction = transaction
 
     @property
     def is_cancelled(self) -> bool:
@@ -76,23 +101,24 @@ class Body:
         self._control = control
         self._board = board
         self._runner: asyncio.Runner | None = None
+        self._transactions: Transactions | None = None
+        self._async_transactions: AsyncTransactions | None = None
         self._random = Random()
         self._recursion_limit = sys.getrecursionlimit()
 
-    def run(self, job: Job) -> Outcome:
+    def run(self, job: Job) -> Ended:
         """Run one job to its end; never raises, whatever the body does."""
         started = clock()
         task: Task[Any, Any] | None = None
         try:
             try:
                 task = self._app.find_task(job.task)
-                request, soft = self._prepare(job, task)
-                try:
-                    value = self._call(task, request, job.number, soft)
-                finally:
-                    if sys.getrecursionlimit() < self._recursion_limit:  # the rest must not be cut short
-                        sys.setrecursionlimit(self._recursion_limit)
-                failpoint("body_after")
+                call = self._prepare(job, task)
+                if task.transactional and task.is_async:
+                    return self._await(self._atransact(job, call, started), call.request)
+                if task.transactional:
+                    return self._transact(job, call, started)
+                value = self._call(call)
             except BaseException as error:
                 return self._raised(job, started, task, error)
             return _returned(job, started, task, value)
@@ -100,32 +126,73 @@ class Body:
             # Looking at what the body raised, or returned, has raised in turn.
             return _shapeless(job, started, error, task)
 
-    async def arun(self, job: Job) -> Outcome:
+    async def arun(self, job: Job) -> Ended:
         """Run one job of an `async def` task on the loop that runs already; else the same."""
         started = clock()
         task: Task[Any, Any] | None = None
         try:
             try:
                 task = self._app.find_task(job.task)
-                request, soft = self._prepare(job, task)
-                value = await self._acall(task, request, job.number, soft)
-                failpoint("body_after")
+                call = self._prepare(job, task)
+                if task.transactional:
+                    return await self._atransact(job, call, started)
+                value = await self._acall(call)
             except BaseException as error:
                 return self._raised(job, started, task, error)
             return _returned(job, started, task, value)
         except BaseException as error:
             return _shapeless(job, started, error, task)
 
-    def _prepare(self, job: Job, task: Task[Any, Any]) -> tuple[Request, float | None]:
-        """What the task sees of its job, and its soft limit."""
+    def _prepare(self, job: Job, task: Task[Any, Any]) -> _Call:
         args, kwargs = task.codec.decode(job.args, job.kwargs)
         failpoint("body_before")
         headers, own = _headers(job)
-        soft = own.get("soft_time_limit", task.soft_time_limit) if self._limited else None
-        return _request(job, args, kwargs, headers), soft
+        soft = hard = None
+        if self._limited:
+            soft = own.get("soft_time_limit", task.soft_time_limit)
+            hard = own.get("time_limit", task.time_limit)
+        return _Call(task, _request(job, args, kwargs, headers), job.number, soft, hard)
 
-    def _raised(self, job: Job, started: float, task: Task[Any, Any] | None, error: BaseException) -> Outcome:
+    def _transact(self, job: Job, call: _Call, started: float) -> Succeeded:
+        """Run the body in a transaction that ends with the job's end."""
+        if self._transactions is None:
+            from pgqueue.database.transaction import Transactions
+
+            self._transactions = Transactions(*self._database())
+
+        def body(transaction: Transaction) -> Outcome:
+            value = self._call(call, transaction)
+            return _recorded(job, _returned(job, started, call.task, value))
+
+        self._transactions.run(body, limit=call.hard, clock=clock)
+        return Succeeded(job.number, started, clock(), acked=True)
+
+    async def _atransact(self, job: Job, call: _Call, started: float) -> Succeeded:
+        if self._async_transactions is None:
+            from pgqueue.database.transaction import AsyncTransactions
+
+            self._async_transactions = AsyncTransactions(*self._database())
+
+        async def body(transaction: Transaction) -> Outcome:
+            value = await self._acall(call, transaction)
+            return _recorded(job, _returned(job, started, call.task, value))
+
+        await self._async_transactions.run(body, limit=call.hard, clock=clock)
+        return Succeeded(job.number, started, clock(), acked=True)
+
+    def _database(self) -> tuple[str, str, Callable[..., Any] | None, Callable[[int], None]]:
+        app, board = self._app, self._board
+
+        def tell(pid: int) -> None:
+            if board is not None:
+                board.backend = pid
+
+        return app.dsn, app.schema, app.session_factory, tell
+
+    def _raised(self, job: Job, started: float, task: Task[Any, Any] | None, error: BaseException) -> Ended:
         kind = type(error)  # asking for the class it claims may run its code
+        if task is not None and task.transactional and (ended := _cut_off(job, started, error)) is not None:
+            return ended
         if issubclass(kind, TaskCancelled):
             return Cancelled(job.number, started, clock())
         if issubclass(kind, UnknownTask) and task is None:  # else the body looked for another one
@@ -139,38 +206,47 @@ class Body:
             return _dead(job, started, error, "bad_payload", task.dead_letter_queue)
         return self._failed(job, started, error, task)
 
-    def _call(self, task: Task[Any, Any], request: Request, number: int, soft: float | None) -> Any:
-        """Run the function, and what it returns if that is a coroutine; told to end after `soft` seconds."""
-        control = self._control
-        token = current_request.set(request)
+    def _call(self, call: _Call, transaction: Transaction | None = None) -> Any:
+        """Run the function, and what it returns if that is a coroutine."""
+        control, task, soft = self._control, call.task, call.soft
+        run = _Run(call.number, control, self._board, transaction)
+        token = current_request.set(call.request)
         try:
-            control.enter(number)
+            control.enter(call.number)
             if soft and not task.is_async:
                 with control.set(soft, _told(soft)):
-                    value = task.run(request, _Run(number, control, self._board))
+                    value = task.run(call.request, run)
             else:
-                value = task.run(request, _Run(number, control, self._board))
-            if type(value) is not CoroutineType:  # asking for the class it claims may run its code
-                return value
-            control.hold()
-            told = _told(soft) if soft else None
-            return self._await(interruptible(value, told, soft, hand_over=control.hand_over), request)
+                value = task.run(call.request, run)
+            if type(value) is CoroutineType:  # asking for the class it claims may run its code
+                control.hold()
+                told = _told(soft) if soft else None
+                value = self._await(
+                    interruptible(value, told, soft, hand_over=control.hand_over), call.request
+                )
         finally:
             control.leave()
             current_request.reset(token)
+            if sys.getrecursionlimit() < self._recursion_limit:  # the rest must not be cut short
+                sys.setrecursionlimit(self._recursion_limit)
+        failpoint("body_after")
+        return value
 
-    async def _acall(self, task: Task[Any, Any], request: Request, number: int, soft: float | None) -> Any:
-        control = self._control
-        token = current_request.set(request)
+    async def _acall(self, call: _Call, transaction: Transaction | None = None) -> Any:
+        control, soft = self._control, call.soft
+        run = _Run(call.number, control, self._board, transaction)
+        token = current_request.set(call.request)
         try:
-            control.enter(number)
+            control.enter(call.number)
             control.hold()
             told = _told(soft) if soft else None
-            value = task.run(request, _Run(number, control, self._board))
-            return await interruptible(value, told, soft, hand_over=control.hand_over)
+            coroutine = call.task.run(call.request, run)
+            value = await interruptible(coroutine, told, soft, hand_over=control.hand_over)
         finally:
             control.leave()
             current_request.reset(token)
+        failpoint("body_after")
+        return value
 
     def _await(self, coroutine: Coroutine[Any, Any, T], request: Request) -> T:
         """Run it on this process's event loop, which lives across jobs, and with it the pools of the
@@ -224,6 +300,43 @@ class Body:
         failed.delay = decision.delay
         failed.max_retries = wish.max_retries if wish is not None else None
         return failed
+
+
+def _cut_off(job: Job, started: float, error: BaseException) -> Ended | None:
+    """What it means for the job that its transaction could not be, or was broken; None for any other error.
+
+    A run that was cut off counts as a crash: one that kills its connection each time must come to an end.
+    """
+    from pgqueue.database.transaction import AnswerLost, ConnectionLost, JobLost, NotBegun
+
+    kind = type(error)
+    if issubclass(kind, JobLost):
+        return Stale(job.number)
+    if issubclass(kind, NotBegun):
+        log.warning("transaction_not_begun job=%s attempt=%d error=%s", job.id, job.attempt, error)
+        return Released(job.number)
+    if issubclass(kind, AnswerLost):
+        log.warning("transaction_uncertain job=%s attempt=%d error=%s", job.id, job.attempt, error)
+        return Released(job.number, uncertain=True)
+    if issubclass(kind, ConnectionLost):
+        return _dead(job, started, error.__cause__ or error, "crashed", None)
+    return None
+
+
+def _recorded(job: Job, succeeded: Succeeded) -> Outcome:
+    """As the transaction writes it."""
+    from pgqueue.database.store import Outcome
+
+    return Outcome(
+        job.id,
+        job.attempt,
+        job.worker,
+        "finish",
+        result=succeeded.result,
+        result_error=succeeded.result_error,
+        started=succeeded.started,
+        finished=succeeded.finished,
+    )
 
 
 def _returned(job: Job, started: float, task: Task[Any, Any], value: Any) -> Succeeded:

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 
-from pgqueue.worker.body import Body, Outcome
+from pgqueue.worker.body import Body
 from pgqueue.worker.executor import Channel, Limits, Starter
 from pgqueue.worker.interrupts import CANCEL_SIGNAL, Alarm, Interrupter, ThreadAlarm
-from pgqueue.worker.wire import Board, Job, Ready, Skipped
+from pgqueue.worker.wire import Board, Ended, Job, Ready, Skipped
 
 if TYPE_CHECKING:
     from pgqueue.app import PgQueue
@@ -69,7 +69,7 @@ class _Slot:
             os._exit(1)  # it could not say any more how its jobs end
         self._working = None
 
-    async def _run(self, job: Job) -> Outcome | Skipped:
+    async def _run(self, job: Job) -> Ended | Skipped:
         pause = self._starter.pause(job)
         if pause is not None:
             await asyncio.sleep(pause)

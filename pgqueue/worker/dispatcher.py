@@ -27,7 +27,18 @@ from pgqueue.database.store import CLAIM_LIMIT, ClaimedJob, Outcome
 from pgqueue.errors import TimeLimitExceeded
 from pgqueue.job import OWN_HEADER, Progress
 from pgqueue.retry import Again, Dead, RetryPolicy, crash_delay
-from pgqueue.worker.wire import Board, Cancelled, Failed, Job, Skipped, Snoozed, Succeeded, TaskFacts
+from pgqueue.worker.wire import (
+    Board,
+    Cancelled,
+    Ended,
+    Job,
+    Released,
+    Skipped,
+    Snoozed,
+    Stale,
+    Succeeded,
+    TaskFacts,
+)
 
 SHORT = 0.001
 """Seconds: tasks that take less travel in chunks."""
@@ -248,16 +259,27 @@ class Dispatcher:
                 break
         return sendings
 
-    def finished(self, slot: Slot, message: Succeeded | Failed | Snoozed | Cancelled) -> None:
-        """An executor reports an outcome; one for a job it no longer has is ignored."""
+    def finished(self, slot: Slot, message: Ended) -> ClaimedJob | None:
+        """An executor reports an outcome; one for a job it no longer has is ignored.
+
+        Returns the job, if its run is no longer the job's.
+        """
         job = slot.in_flight.pop(message.number, None)
         if job is None:
-            return
+            return None
         slot.stuck = False
-        self.pace.observe(job.task, message.finished - message.started)
         cancelled = slot.cancelling.pop(message.number, None) is not None
+        if isinstance(message, Stale):
+            self.stale += 1
+            return job
+        if isinstance(message, Released):
+            self._end(job, verb="release", queue=job.queue, uncertain=message.uncertain)
+            return None
+        self.pace.observe(job.task, message.finished - message.started)
         if isinstance(message, Succeeded):
             self.succeeded += 1
+            if message.acked:
+                return None
             self.outcomes.append(
                 Outcome(
                     job.id,
@@ -271,15 +293,18 @@ class Dispatcher:
                     history=self._facts(job.task).history,
                 )
             )
-            return
+            return None
         if cancelled or isinstance(message, Cancelled):
             self._end(
                 job, verb="finish", state="cancelled", started=message.started, finished=message.finished
             )
-            return
+            return None
         if isinstance(message, Snoozed):
             self._end(job, verb="snooze", delay=message.delay)
-            return
+            return None
+        if message.reason == "crashed":
+            self._crash(job, message.error_class, message.error_message, message.traceback)
+            return None
         self.failed += 1
         self._end(
             job,
@@ -292,6 +317,7 @@ class Dispatcher:
             error_message=message.error_message,
             traceback=message.traceback,
         )
+        return None
 
     def skipped(self, slot: Slot, message: Skipped) -> None:
         """An executor reports that it did not start a job, because the job was taken back."""
@@ -355,19 +381,28 @@ class Dispatcher:
         if by_us and not facts.runs_once:
             self._end(running, verb="release", queue=running.queue)
             return running
+        how = f"{death} while running job {running.id}, attempt {running.attempt}"
+        self._crash(running, "WorkerCrashed", how)
+        return running
+
+    def _crash(
+        self, job: ClaimedJob, error_class: str, error_message: str, traceback: str | None = None
+    ) -> None:
+        """A run was cut off: once too often for the job, or it runs again."""
+        facts = self._facts(job.task)
         self.crashed += 1
-        final = running.crashes + 1 >= (facts.max_crashes or self._max_crashes)
+        final = job.crashes + 1 >= (facts.max_crashes or self._max_crashes)
         self._end(
-            running,
+            job,
             verb="bury" if final else "retry",
             kind="crashed",
-            delay=crash_delay(running.crashes + 1),
+            delay=crash_delay(job.crashes + 1),
             reason="crashed",
             dead_letter_queue=facts.dead_letter_queue,
-            error_class="WorkerCrashed",
-            error_message=f"{death} while running job {running.id}, attempt {running.attempt}",
+            error_class=error_class,
+            error_message=error_message,
+            traceback=traceback,
         )
-        return running
 
     def cancel(self, ids: Collection[str], now: float) -> list[Executor]:
         """Somebody wants these jobs cancelled: what waits ends here; returns the executors to be told."""

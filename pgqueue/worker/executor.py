@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 import msgspec
 
 from pgqueue.failpoints import failpoint
-from pgqueue.worker.body import Body, Outcome
+from pgqueue.worker.body import Body
 from pgqueue.worker.interrupts import Alarm
 from pgqueue.worker.signals import stay, stay_when_asked_to_stop
 from pgqueue.worker.wire import (
     Board,
+    Ended,
     Failed,
     Frames,
     Job,
@@ -152,7 +153,7 @@ class SingleExecutor:
                 for job in jobs.jobs:
                     pause = self._starter.pause(job)
                     if pause is None:
-                        message: Outcome | Skipped = self._body.run(job)
+                        message: Ended | Skipped = self._body.run(job)
                     else:
                         time.sleep(pause)
                         message = Skipped(job.number)

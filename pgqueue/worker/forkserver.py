@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import logging
 import os
@@ -216,6 +217,8 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
         warnings.warn(
             f"importing {target} started threads ({names}); they do not exist in the executors", stacklevel=1
         )
+    if any(task.transactional for task in app.tasks.values()):
+        importlib.import_module("pgqueue.database.transaction")  # once for all of them
     gc.collect()
     gc.freeze()  # the children share these pages until a collection touches them
     control.sendall(frame(Loaded(facts, asdict(config))))

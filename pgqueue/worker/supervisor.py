@@ -38,18 +38,7 @@ from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes
 from pgqueue.worker.maintenance import Maintenance
 from pgqueue.worker.prefork import Prefork
-from pgqueue.worker.wire import (
-    Cancelled,
-    Failed,
-    FromExecutor,
-    Loaded,
-    Ready,
-    Skipped,
-    Snoozed,
-    Succeeded,
-    Tired,
-    clock,
-)
+from pgqueue.worker.wire import Ended, FromExecutor, Loaded, Ready, Skipped, Tired, clock
 
 T = TypeVar("T")
 
@@ -368,8 +357,15 @@ class Supervisor:
         """An executor reports what became of its jobs."""
         dispatcher = self._dispatcher
         for message in messages:
-            if isinstance(message, Succeeded | Failed | Snoozed | Cancelled):
-                dispatcher.finished(executor.slots[message.slot], message)
+            if isinstance(message, Ended):
+                stale = dispatcher.finished(executor.slots[message.slot], message)
+                if stale is not None:
+                    log.warning(
+                        "ack_stale count=1 verb=finish attempt=%d worker=%s jobs=%s",
+                        stale.attempt,
+                        stale.worker,
+                        stale.id,
+                    )
             elif isinstance(message, Skipped):
                 dispatcher.skipped(executor.slots[message.slot], message)
             elif isinstance(message, Ready):
@@ -386,6 +382,9 @@ class Supervisor:
         """An executor is gone: end its running jobs, put another in its place."""
         self._health.executor_gone(clock())
         ours = self._killed or unproven
+        backends = [slot.board.backend for slot in executor.slots if slot.board.backend]
+        if backends:
+            self._spawn(self._end_transactions(backends))
         crashed = self._dispatcher.gone(executor, how, by_us=ours)
         for slot, job in crashed:
             if unproven:
@@ -407,6 +406,11 @@ class Supervisor:
         self._crew.gone(executor)
         self._send_out()
         self._claimer.poke()
+
+    async def _end_transactions(self, backends: list[int]) -> None:
+        """What a killed executor had begun need not wait for the server to notice."""
+        with contextlib.suppress(PgQueueError):
+            await self._maintenance_link.call("end_transactions", backends=backends)
 
     def on_lost_fork_server(self) -> None:
         """Start another fork server; its children have been reported one by one."""

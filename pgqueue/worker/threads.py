@@ -16,10 +16,10 @@ import traceback
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from pgqueue.worker.body import Body, Outcome
+from pgqueue.worker.body import Body
 from pgqueue.worker.executor import Channel, Limits, Starter
 from pgqueue.worker.interrupts import CANCEL_SIGNAL, ThreadAlarm
-from pgqueue.worker.wire import Board, Job, Ready, Skipped
+from pgqueue.worker.wire import Board, Ended, Job, Ready, Skipped
 
 if TYPE_CHECKING:
     from pgqueue.app import PgQueue
@@ -52,7 +52,7 @@ class _Slot:
             traceback.print_exc()
             os._exit(1)  # it could not say any more how its jobs end
 
-    def _run(self, job: Job) -> Outcome | Skipped:
+    def _run(self, job: Job) -> Ended | Skipped:
         pause = self._starter.pause(job)
         if pause is None:
             return self._body.run(job)

@@ -81,18 +81,25 @@ class Ready(msgspec.Struct, array_like=True, tag="ready"):
 
 
 class Succeeded(msgspec.Struct, array_like=True, tag="ok"):
-    """Executor to supervisor. Times are `clock()`; `result` is JSON text or None."""
+    """Executor to supervisor. Times are `clock()`; `result` is JSON text or None.
+
+    `acked`: the database knows already.
+    """
 
     number: int
     started: float
     finished: float
     result: str | None = None
     result_error: str | None = None
+    acked: bool = False
     slot: int = 0
 
 
 class Failed(msgspec.Struct, array_like=True, tag="failed"):
-    """Executor to supervisor: the run failed. `delay` is None when the job is dead, and `reason` says why."""
+    """Executor to supervisor: the run failed. `delay` is None when the job is dead, and `reason` says why.
+
+    `reason` "crashed": it was cut off, and counts as a crash.
+    """
 
     number: int
     started: float
@@ -123,6 +130,24 @@ class Cancelled(msgspec.Struct, array_like=True, tag="cancelled"):
     number: int
     started: float
     finished: float
+    slot: int = 0
+
+
+class Released(msgspec.Struct, array_like=True, tag="released"):
+    """Executor to supervisor: nothing of the run is there, and nothing was wrong with it.
+
+    `uncertain`: or it has ended, and the database knows.
+    """
+
+    number: int
+    uncertain: bool = False
+    slot: int = 0
+
+
+class Stale(msgspec.Struct, array_like=True, tag="stale"):
+    """Executor to supervisor: nothing of the run is there, because the job is somebody else's."""
+
+    number: int
     slot: int = 0
 
 
@@ -195,7 +220,8 @@ class Exited(msgspec.Struct, array_like=True, tag="exited"):
     unproven: bool = False
 
 
-FromExecutor = Ready | Succeeded | Failed | Snoozed | Cancelled | Tired | Skipped
+Ended = Succeeded | Failed | Snoozed | Cancelled | Released | Stale
+FromExecutor = Ready | Ended | Tired | Skipped
 FromForkServer = Loaded | LoadFailed | Forked | Exited
 
 _encoder = msgspec.msgpack.Encoder()
@@ -255,7 +281,7 @@ class Board:
     """The memory that one slot of an executor shares with its supervisor; see the module's text."""
 
     SIZE = 320
-    _STARTED, _FROM, _UPTO, _EXCLUSIVE, _UNTIL, _CANCELLED, _VERSION = range(7)
+    _STARTED, _FROM, _UPTO, _EXCLUSIVE, _UNTIL, _CANCELLED, _VERSION, _BACKEND = range(8)
     _PROGRESS = 64
     _FACTS = struct.Struct("=QddH")
 
@@ -332,6 +358,15 @@ class Board:
     @cancelled.setter
     def cancelled(self, number: int) -> None:
         self._cells[self._CANCELLED] = number
+
+    @property
+    def backend(self) -> int:
+        """Process id of the server's end of the transaction that is open here, 0 for none."""
+        return self._cells[self._BACKEND]
+
+    @backend.setter
+    def backend(self, pid: int) -> None:
+        self._cells[self._BACKEND] = pid
 
     def report(self, number: int, progress: Progress) -> None:
         """Executor: the run of job `number` has come so far."""

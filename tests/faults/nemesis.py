@@ -27,6 +27,8 @@ FAILPOINTS = ",".join(
         ("ack_sent", "drop_connection", 0.001),
         ("ack_after_commit", "kill", 0.0003),
         ("body_after", "kill", 0.0005),
+        ("transaction_before_commit", "drop_connection", 0.002),
+        ("transaction_after_commit", "kill", 0.001),
         ("job_received", "kill", 0.0003),
         ("promote_mid_batch", "drop_connection", 0.002),
     ]
@@ -94,7 +96,7 @@ class Nemesis:
             self._workers.append(self._scene.worker(*flags, env=env, ready=False))
         self._producers = [each for each in self._producers if each.process.poll() is None]
         while len(self._producers) < 2:
-            self._producers.append(self._scene.produce(self._rate / 2))
+            self._producers.append(self._scene.produce(self._rate / 2, "mixed"))
 
     def kill_an_executor(self) -> None:
         crew = self._draw.choice(self._workers).executors

@@ -6,14 +6,13 @@ The invariants, after healing and draining:
 1. every acknowledged enqueue ends in exactly one of finished, dead; an order that is there has its job
 2. no job that nobody enqueued, none of a transaction that was rolled back
 3. every finished job ran
+4. a transactional task has one effect, of the run that counts, if it has succeeded; else none
 5. a job is started at most once for each time it was claimed
 6. state changes follow the diagram, attempts only grow, and what history holds is the result of the very
    attempt and worker it names
 7. two runs of a job overlap only after the earlier one's worker or process was given up
 8. drained in time, without an operator
 9. no process, connection or lock is left
-
-(4, one effect of a transactional task, waits for such tasks.)
 """
 
 from __future__ import annotations
@@ -30,8 +29,11 @@ from psycopg.rows import dict_row
 
 Row = dict[str, Any]
 
+TRANSACTIONAL = ("faults_app.charge", "faults_app.acharge", "faults_app.charge_carelessly")
+
 SET_UP = """
 create table orders (label text primary key);
+create table effects (job uuid, attempt int);
 create schema oracle;
 create table oracle.changes (
     n bigint generated always as identity, at timestamptz not null default clock_timestamp(), job uuid,
@@ -64,10 +66,11 @@ ALLOWED = {
 
 _ENDS = """
 select id::text as id, 'finished' as place, args ->> 0 as label, attempt, worker_id, state,
-    result #>> '{}' as result
+    result #>> '{}' as result, task
 from pgqueue.finished_jobs
-union all select id::text, 'dead', args ->> 0, attempt, worker_id, reason, null from pgqueue.dead_letters
-union all select id::text, 'live', args ->> 0, attempt, worker_id, state, null from pgqueue.jobs
+union all select id::text, 'dead', args ->> 0, attempt, worker_id, reason, null, task
+from pgqueue.dead_letters
+union all select id::text, 'live', args ->> 0, attempt, worker_id, state, null, task from pgqueue.jobs
 """
 
 
@@ -123,6 +126,7 @@ def judge(dsn: str, producer_logs: list[Path], ledger: Path) -> Verdict:
     with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as connection:
         ends = connection.execute(_ENDS).fetchall()
         orders = {row["label"] for row in connection.execute("select label from orders")}
+        effects = connection.execute("select job::text as job, attempt from effects").fetchall()
         changes = connection.execute("select *, job::text as job from oracle.changes order by n").fetchall()
         fenced = {
             row["id"]: row["fenced"] for row in connection.execute("select id, fenced from pgqueue.workers")
@@ -130,6 +134,7 @@ def judge(dsn: str, producer_logs: list[Path], ledger: Path) -> Verdict:
     verdict = Verdict(jobs=len(said.acked), slowest=said.percentile(0.99))
     _judge_ends(verdict, said, ends, orders)
     _judge_runs(verdict, ends, runs, fenced)
+    _judge_effects(verdict, ends, effects)
     _judge_changes(verdict, changes, runs)
     return verdict
 
@@ -221,6 +226,18 @@ def _judge_runs(verdict: Verdict, ends: list[Row], runs: _Runs, fenced: dict[str
                 verdict.broken.append(
                     f"7: attempts {earlier} and {later} of job {job} overlap, and worker {first[2]} lives"
                 )
+
+
+def _judge_effects(verdict: Verdict, ends: list[Row], effects: list[Row]) -> None:
+    found: dict[str, list[int]] = defaultdict(list)
+    for effect in effects:
+        found[effect["job"]].append(effect["attempt"])
+    for end in ends:
+        of_job = found.pop(end["id"], [])
+        succeeded = end["place"] == "finished" and end["state"] == "succeeded"
+        if of_job != ([end["attempt"]] if succeeded and end["task"] in TRANSACTIONAL else []):
+            verdict.broken.append(f"4: {end['label']} has effects of the attempts {of_job}: {end}")
+    verdict.broken += [f"4: job {job} is nowhere and has effects" for job in found]
 
 
 def _judge_changes(verdict: Verdict, changes: list[Row], runs: _Runs) -> None:

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 import psycopg
-from faults_app import app, work
+from faults_app import acharge, app, charge, charge_carelessly, work
 
+from pgqueue import Task
 from pgqueue.errors import DatabaseError, EnqueueUncertain, PgQueueError
 
 MIXES = {
@@ -28,6 +29,14 @@ MIXES = {
     "long": {"seconds": (0.0, 0.1), "hiccup": 0.02, "hopeless": 0.01},
     "plain": {"seconds": (0.0, 0.0), "hiccup": 0.0, "hopeless": 0.0},
 }
+MIXES["mixed"] = MIXES["effects"] = MIXES["careless"] = MIXES["quick"]
+
+TASKS: dict[str, list[Task[..., str]]] = {
+    "mixed": [work, work, charge, acharge],
+    "effects": [charge, acharge],
+    "careless": [charge_carelessly],
+}
+"""What is enqueued in turn; by default `work`."""
 
 
 class Producer:
@@ -35,6 +44,7 @@ class Producer:
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._prefix = prefix
         self._mix = MIXES[mix]
+        self._tasks = TASKS.get(mix, [work])
         self._random = random.Random(prefix)
         self._number = 0
         self._connection: psycopg.Connection | None = None
@@ -54,6 +64,11 @@ class Producer:
         elif chance < mix["hiccup"] + mix["hopeless"]:
             kwargs["hopeless"] = True
         return f"{self._prefix}-{self._number}", kwargs
+
+    @property
+    def task(self) -> Task[..., str]:
+        """Whose turn it is."""
+        return self._tasks[self._number % len(self._tasks)]
 
     def run(self, rate: float) -> None:
         ways: list[Callable[[], None]] = [self.delay, self.on, self.delay, self.many, self.later, self.own_id]
@@ -88,16 +103,16 @@ class Producer:
 
     def delay(self) -> None:
         label, kwargs = self.arguments()
-        self.timed([label], lambda: work.delay(label, **kwargs))
+        self.timed([label], lambda: self.task.delay(label, **kwargs))
 
     def later(self) -> None:
         label, kwargs = self.arguments()
         countdown = self._random.uniform(0.05, 0.5)
-        self.timed([label], lambda: work.apply_async((label,), kwargs, countdown=countdown))
+        self.timed([label], lambda: self.task.apply_async((label,), kwargs, countdown=countdown))
 
     def many(self) -> None:
         jobs = [self.arguments() for _ in range(5)]
-        signatures = [work.s(label, **kwargs) for label, kwargs in jobs]
+        signatures = [self.task.s(label, **kwargs) for label, kwargs in jobs]
         self.timed([label for label, _ in jobs], lambda: app.enqueue_many(signatures))
 
     def own_id(self) -> None:
@@ -107,7 +122,7 @@ class Producer:
         def until_certain() -> None:
             for _ in range(200):
                 try:
-                    work.apply_async((label,), kwargs, job_id=job_id)
+                    self.task.apply_async((label,), kwargs, job_id=job_id)
                     return
                 except (DatabaseError, EnqueueUncertain):
                     if self.stopping:
@@ -126,7 +141,7 @@ class Producer:
         self.note("rolled back", label)
         try:
             with self.connection().transaction(force_rollback=True):
-                work.on(self.connection()).delay(label, **kwargs)
+                self.task.on(self.connection()).delay(label, **kwargs)
         except (PgQueueError, psycopg.Error):
             self._connection = None
 
@@ -134,7 +149,7 @@ class Producer:
         try:
             with self.connection().transaction():
                 self.connection().execute("insert into orders (label) values (%s)", [label])
-                work.on(self.connection()).delay(label, **kwargs)
+                self.task.on(self.connection()).delay(label, **kwargs)
         except BaseException:
             connection, self._connection = self._connection, None
             if connection is not None:

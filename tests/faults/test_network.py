@@ -198,17 +198,27 @@ def test_connections_are_cut_all_the_time(fresh_dsn: str, tmp_path: Path, report
         assert "Traceback" not in worker.log
 
 
-@pytest.mark.parametrize("nth", [pytest.param(3, marks=pytest.mark.slow), 7])
-def test_answers_are_lost(fresh_dsn: str, tmp_path: Path, report: Report, nth: int) -> None:
-    """The commit is done, and nobody hears of it: enqueues, claims, acks, heartbeats."""
+@pytest.mark.parametrize(
+    ("nth", "mix", "what"),
+    [
+        pytest.param(3, "quick", "COMMIT", marks=pytest.mark.slow),
+        (7, "quick", "COMMIT"),
+        (5, "effects", "COMMIT, transactional tasks'"),
+    ],
+)
+def test_answers_are_lost(
+    fresh_dsn: str, tmp_path: Path, report: Report, nth: int, mix: str, what: str
+) -> None:
+    """The commit is done, and nobody hears of it: enqueues, claims, acks, heartbeats, transactional tasks."""
     with proxied_scene(fresh_dsn, tmp_path, report) as (scene, proxy):
         worker = scene.worker("-c", "2")
-        producer = scene.produce(60)
+        producer = scene.produce(60, mix)
         producer.wait_for(20)
         proxy.lose_every = nth
         eventually(lambda: proxy.lost >= 30, "thirty answers are lost")
         proxy.lose_every = 0
         scene.healed()
         producer.wait_for(30)
-        scene.settle("the answer of every third or seventh COMMIT lost")
+        scene.settle(f"the answer of every third or seventh {what} lost")
         assert "Traceback" not in worker.log
+        assert ("transaction_uncertain" in worker.log) is (mix == "effects")

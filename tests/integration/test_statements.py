@@ -1279,6 +1279,17 @@ def test_notify_workers_tells_everybody(
     assert sorted(heard(connection)) == ["b", "c"]
 
 
+def test_end_transactions_spares_what_is_not_one(connection: Connection, second: Connection) -> None:
+    pids = [each.execute("select pg_backend_pid()").fetchall()[0][0] for each in (connection, second)]
+    assert do(connection, "end_transactions", backends=pids) == [], "itself, and one that has none open"
+    second.execute("begin")
+    second.execute("select 1")
+    assert do(connection, "end_transactions", backends=[pids[0]]) == []
+    assert do(connection, "end_transactions", backends=pids) == [(True,)]
+    with pytest.raises(psycopg.OperationalError):
+        second.execute("select 1")
+
+
 def test_arming_and_disarming_step_over_a_hint_that_is_held(
     connection: Connection, second: Connection
 ) -> None:

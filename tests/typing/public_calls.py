@@ -17,7 +17,7 @@ import django.db
 import psycopg
 import sqlalchemy
 import sqlalchemy.ext.asyncio as sqlalchemy_asyncio
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
 from pgqueue import AsyncResult, JobOptions, PgQueue, Request, Signature, TaskContext
 
@@ -27,6 +27,7 @@ app = PgQueue(
     imports=("typing.tasks",),
     task_defaults={"max_retries": 5, "retry_backoff": True},
     task_routes={"reports.*": {"queue": "reports", "priority": 3}},
+    session_factory=sessionmaker(),
 )
 
 
@@ -49,6 +50,16 @@ def bound(self: TaskContext, number: int, text: str = "") -> str:
     if not number:
         self.retry(countdown=5, exc=ValueError("not yet"))
     return text
+
+
+@app.task(bind=True, transactional=True)
+def transactional(self: TaskContext, number: int) -> None:
+    session: Session = self.session
+    connection: psycopg.Connection[tuple[int]] = self.connection
+    connection.execute("SELECT 1")
+    session.commit()
+    plain.on(connection).delay(number)
+    plain.on(session).delay(number)
 
 
 @app.task

@@ -3,10 +3,13 @@ run it was: what history holds must be the result of the run that was acked."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
 from typing import Any
+
+import psycopg
 
 from pgqueue import PgQueue, TaskContext
 
@@ -47,5 +50,51 @@ def work(
     if hopeless:
         note("failed", self, label)
         raise Hopeless(label)
+    note("end", self, label)
+    return f"{label}/{self.request.attempt}/{self.request.worker}"
+
+
+EFFECT = "insert into effects (job, attempt) values (%s, %s)"
+
+
+def _fail(self: TaskContext, label: str, hiccups: int, hopeless: bool) -> None:
+    if self.request.retries < hiccups or hopeless:
+        note("failed", self, label)
+        raise Hopeless(label) if hopeless else Hiccup(label)
+
+
+@app.task(bind=True, transactional=True, autoretry_for=(Hiccup,), max_retries=3, default_retry_delay=0.2)
+def charge(
+    self: TaskContext, label: str, seconds: float = 0.0, hiccups: int = 0, hopeless: bool = False
+) -> str:
+    """`work`, with an effect that must happen exactly once."""
+    note("start", self, label)
+    self.connection.execute(EFFECT, (self.request.id, self.request.attempt))
+    if seconds:
+        time.sleep(seconds)
+    _fail(self, label, hiccups, hopeless)
+    note("end", self, label)
+    return f"{label}/{self.request.attempt}/{self.request.worker}"
+
+
+@app.task(bind=True, transactional=True, autoretry_for=(Hiccup,), max_retries=3, default_retry_delay=0.2)
+async def acharge(
+    self: TaskContext, label: str, seconds: float = 0.0, hiccups: int = 0, hopeless: bool = False
+) -> str:
+    """The same as a coroutine."""
+    note("start", self, label)
+    await self.connection.execute(EFFECT, (self.request.id, self.request.attempt))
+    await asyncio.sleep(seconds)
+    _fail(self, label, hiccups, hopeless)
+    note("end", self, label)
+    return f"{label}/{self.request.attempt}/{self.request.worker}"
+
+
+@app.task(bind=True)
+def charge_carelessly(self: TaskContext, label: str, **_: object) -> str:
+    """What people do without: the effect is committed, and then the job ends."""
+    note("start", self, label)
+    with psycopg.connect(os.environ["PGQUEUE_DSN"]) as connection:
+        connection.execute(EFFECT, (self.request.id, self.request.attempt))
     note("end", self, label)
     return f"{label}/{self.request.attempt}/{self.request.worker}"
