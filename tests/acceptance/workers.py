@@ -195,6 +195,19 @@ def _named(task: str) -> str:
     return task if "." in task else f"tests_app.{task}"
 
 
+def whole_lines(text: str) -> list[Any]:
+    """The values of a log with one in JSON per line.
+
+    A line is written at once, but may be seen before it is whole; and the kernel cuts a write at the end of a
+    page when its process is killed.
+    """
+    found = []
+    for line in text.splitlines(keepends=True):
+        if line.endswith("}\n") or line.endswith("]\n"):
+            found.append(json.loads(line))
+    return found
+
+
 class Ledger:
     """What task bodies noted, in the order they did."""
 
@@ -204,9 +217,7 @@ class Ledger:
     def entries(self, event: str | None = None) -> list[Row]:
         if not self.path.exists():
             return []
-        # A line is written at once, but may be seen before it is whole.
-        lines = self.path.read_text().splitlines(keepends=True)
-        found: list[Row] = [json.loads(line) for line in lines if line.endswith("\n")]
+        found: list[Row] = whole_lines(self.path.read_text())
         return [entry for entry in found if event is None or entry["event"] == event]
 
     def of(self, job: str, event: str = "start") -> list[Row]:

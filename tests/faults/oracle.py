@@ -17,7 +17,6 @@ The invariants, after healing and draining:
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -26,6 +25,8 @@ from typing import Any
 
 import psycopg
 from psycopg.rows import dict_row
+
+from tests.acceptance.workers import whole_lines
 
 Row = dict[str, Any]
 
@@ -97,10 +98,7 @@ class Verdict:
 
 def read_lines(path: Path) -> list[Any]:
     """The whole lines of a log of JSON values."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return whole_lines(path.read_text()) if path.exists() else []
 
 
 def drained(dsn: str, within: float) -> bool:

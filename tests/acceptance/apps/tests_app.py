@@ -36,7 +36,8 @@ def note(event: str, context: TaskContext, **facts: Any) -> None:
     line |= {"worker": request.worker, "retries": request.retries, **facts}
     file = os.open(os.environ["LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(file, (json.dumps(line) + "\n").encode())
+        # On a line of its own also after one that a killed process could not finish.
+        os.write(file, f"\n{json.dumps(line)}\n".encode())
     finally:
         os.close(file)
 
