@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -18,6 +19,7 @@ from pgqueue.database.connection import recognise_async, recognise_sync
 from pgqueue.discovery import task_modules
 from pgqueue.enqueue import Client, build_request
 from pgqueue.errors import AppNotLoaded, ConfigError, DuplicateTask, PgQueueError, UnknownTask, shown
+from pgqueue.hooks import HOOKS, Hook, HookName, Hooks, Wrapper
 from pgqueue.job import JobRequest, check_id, check_priority, check_queue, check_task_name
 from pgqueue.options import (
     TASK_DEFAULTS,
@@ -42,7 +44,7 @@ from pgqueue.task import (
 )
 
 if TYPE_CHECKING:
-    from pgqueue.database.pool import Database
+    from pgqueue.eager import Eager
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -101,6 +103,8 @@ class PgQueue:
         self._defaults: Mapping[str, Any] = {}
         self._routes: dict[str, TaskRoute] = {}
         self.session_factory: Callable[..., Any] | None = None
+        self.hooks = Hooks()
+        self._eager: Eager | None = None
         self.configure(
             dsn=dsn,
             schema=schema,
@@ -285,16 +289,68 @@ class PgQueue:
 
     def close(self) -> None:
         """Close this process's idle connections to the queue's database. A later call opens new ones."""
-        if "client" in vars(self):
-            self.client.close()
+        if "_client" in vars(self):
+            self._client.close()
 
     async def aclose(self) -> None:
         """`close`, for the running event loop's connections too."""
-        if "client" in vars(self):
-            await self.client.aclose()
+        if "_client" in vars(self):
+            await self._client.aclose()
+
+    def hook(self, name: HookName) -> Callable[[Hook], Hook]:
+        """Have a function told of events: `@app.hook("task_failed")`; it gets one argument, see
+        `pgqueue.hooks`.
+
+        Raises:
+            ConfigError: There is no such event, or it is no plain function.
+        """
+
+        def register(function: Hook) -> Hook:
+            self.hooks.add(name, function)
+            return function
+
+        if name not in HOOKS:
+            self.hooks.add(name, None)
+        return register
+
+    def middleware(self, function: Wrapper) -> Wrapper:
+        """Run a generator function around each run of a task: `@app.middleware`.
+
+        It gets the `TaskContext`, yields once, and then the body runs, `async def` tasks too. What it raises
+        before counts as the body's failure; what the body raises comes out of its `yield`. The first
+        registered is outermost.
+
+        Raises:
+            ConfigError: It is no generator function.
+        """
+        self.hooks.add_middleware(function)
+        return function
+
+    @contextmanager
+    def eager(self, *, propagate: bool = False) -> Iterator[None]:
+        """In the block jobs run at once, where they are enqueued, without a database: for tests.
+
+        Their arguments and results go through JSON as ever. Retries, `Snooze` and a `countdown` do not wait.
+        Enqueueing on a connection neither uses nor checks it.
+
+        Args:
+            propagate: An error that ends a job is raised by the call that enqueued it.
+        """
+        from pgqueue.eager import Eager
+
+        before, self._eager = self._eager, Eager(self, propagate=propagate)
+        try:
+            yield
+        finally:
+            self._eager = before
+
+    @property
+    def client(self) -> Client:
+        """What enqueues, and reads results."""
+        return self._eager or self._client
 
     @cached_property
-    def client(self) -> Client:
+    def _client(self) -> Client:
         return Client(self.config.schema, self.config.dsn)
 
     @property
@@ -329,14 +385,12 @@ class PgQueue:
 
     def result_of(self, job_id: str) -> AsyncResult[Any]:
         """The result of a job whose id is known to be one."""
-        return AsyncResult(job_id, self._database)
+        eager = self._eager  # its results outlive the block
+        return AsyncResult(job_id, lambda: (eager or self._client).database)
 
     def AsyncResult(self, job_id: object) -> AsyncResult[Any]:
         """The job with this id, whether or not there is one; ValueError if it is not a UUID."""
         return self.result_of(check_id(job_id))
-
-    def _database(self) -> Database:
-        return self.client.database
 
     def _requests_for(self, signatures: Iterable[Signature]) -> list[JobRequest]:
         if isinstance(signatures, Signature) or not isinstance(signatures, Iterable):
@@ -369,6 +423,8 @@ class PgQueue:
         if task is not None:
             return task.request_for(args, kwargs, options)
         check_arguments(name, args, kwargs)
+        if self.hooks.has("before_enqueue"):
+            options = self.hooks.headers_for(name, args, kwargs, options)
         route, defaults = self.route(name), self.defaults
         priority = route.priority if route.priority is not None else defaults.get("priority")
         return build_request(

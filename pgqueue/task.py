@@ -26,6 +26,7 @@ from pgqueue.codec import ArgumentCodec
 from pgqueue.context import Control, Request, TaskContext
 from pgqueue.database.connection import AsyncCaller, SyncCaller, recognise, recognise_async, recognise_sync
 from pgqueue.enqueue import Client, build_request
+from pgqueue.hooks import Hooks
 from pgqueue.job import JobRequest, new_id
 from pgqueue.options import JobOptions, check_arguments, check_option_names, retry_options
 from pgqueue.result import AsyncResult
@@ -62,6 +63,8 @@ class Application(Protocol):
     def default_priority(self) -> int: ...
     @property
     def default_policy(self) -> RetryPolicy: ...
+    @property
+    def hooks(self) -> Hooks: ...
     @property
     def default_limits(self) -> tuple[float | None, float | None]: ...
     def route(self, task_name: str) -> Route: ...
@@ -257,8 +260,21 @@ class Task(Generic[P, R]):
         """Run the function for a job; what it returns, a coroutine if it is `async def`, or whatever it
         raises.
         """
-        context = (TaskContext(self, request, control),) if self.bound else ()
-        return self.function(*context, *request.args, **request.kwargs)
+        hooks = self._app.hooks
+        if not (self.bound or hooks.has_middleware):
+            return self.function(*request.args, **request.kwargs)
+        context = TaskContext(self, request, control)
+        given = (context, *request.args) if self.bound else request.args
+        if not hooks.has_middleware:
+            return self.function(*given, **request.kwargs)
+        if self.is_async:
+            return self._run_coroutine(context, given)
+        with hooks.around(context):
+            return self.function(*given, **request.kwargs)
+
+    async def _run_coroutine(self, context: TaskContext, given: Sequence[Any]) -> Any:
+        with self._app.hooks.around(context):
+            return await self.function(*given, **context.request.kwargs)
 
     def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]:
         """Enqueue a job with these arguments, on a connection of our own, which commits."""
@@ -336,6 +352,8 @@ class Task(Generic[P, R]):
         """Check and encode a call. Names of options are checked already."""
         if type(args) is not tuple or kwargs:
             check_arguments(self.name, args, kwargs)
+        if self._app.hooks.has("before_enqueue"):
+            options = self._app.hooks.headers_for(self.name, args, kwargs, options)
         encoded = self.codec.encode(args, kwargs)
         return build_request(
             self.name,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import traceback
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import copy_context
@@ -23,12 +22,13 @@ from pgqueue.codec import clean_text, encode_result
 from pgqueue.context import Request
 from pgqueue.errors import PayloadError, Retry, SoftTimeLimitExceeded, TaskCancelled, UnknownTask
 from pgqueue.failpoints import failpoint
+from pgqueue.hooks import TaskFailed, TaskRetried, TaskStarted, TaskSucceeded
 from pgqueue.job import OWN_HEADER
 from pgqueue.result import current_request
 from pgqueue.retry import Again
 from pgqueue.shapes import class_name
+from pgqueue.tracebacks import describe
 from pgqueue.worker.interrupts import Interrupter, interruptible
-from pgqueue.worker.tracebacks import describe
 from pgqueue.worker.wire import (
     Board,
     Cancelled,
@@ -97,6 +97,7 @@ class Body:
 
     def __init__(self, app: PgQueue, control: Interrupter, board: Board | None = None) -> None:
         self._app = app
+        self._hooks = app.hooks
         self._limited = app.config.limited
         self._control = control
         self._board = board
@@ -110,18 +111,20 @@ class Body:
         """Run one job to its end; never raises, whatever the body does."""
         started = clock()
         task: Task[Any, Any] | None = None
+        call: _Call | None = None
         try:
             try:
                 task = self._app.find_task(job.task)
                 call = self._prepare(job, task)
                 if task.transactional and task.is_async:
-                    return self._await(self._atransact(job, call, started), call.request)
-                if task.transactional:
-                    return self._transact(job, call, started)
-                value = self._call(call)
+                    value = self._await(self._atransact(job, call, started), call.request)
+                elif task.transactional:
+                    value = self._transact(job, call, started)
+                else:
+                    value = self._call(call)
             except BaseException as error:
-                return self._raised(job, started, task, error)
-            return _returned(job, started, task, value)
+                return self._raised(job, started, task, call, error)
+            return self._returned(job, started, call, value)
         except BaseException as error:
             # Looking at what the body raised, or returned, has raised in turn.
             return _shapeless(job, started, error, task)
@@ -130,16 +133,18 @@ class Body:
         """Run one job of an `async def` task on the loop that runs already; else the same."""
         started = clock()
         task: Task[Any, Any] | None = None
+        call: _Call | None = None
         try:
             try:
                 task = self._app.find_task(job.task)
                 call = self._prepare(job, task)
                 if task.transactional:
-                    return await self._atransact(job, call, started)
-                value = await self._acall(call)
+                    value = await self._atransact(job, call, started)
+                else:
+                    value = await self._acall(call)
             except BaseException as error:
-                return self._raised(job, started, task, error)
-            return _returned(job, started, task, value)
+                return self._raised(job, started, task, call, error)
+            return self._returned(job, started, call, value)
         except BaseException as error:
             return _shapeless(job, started, error, task)
 
@@ -151,34 +156,43 @@ class Body:
         if self._limited:
             soft = own.get("soft_time_limit", task.soft_time_limit)
             hard = own.get("time_limit", task.time_limit)
-        return _Call(task, _request(job, args, kwargs, headers), job.number, soft, hard)
+        request = _request(job, args, kwargs, headers)
+        if self._hooks.has("task_started"):
+            self._hooks.tell("task_started", TaskStarted(request))
+        return _Call(task, request, job.number, soft, hard)
 
-    def _transact(self, job: Job, call: _Call, started: float) -> Succeeded:
+    def _transact(self, job: Job, call: _Call, started: float) -> Any:
         """Run the body in a transaction that ends with the job's end."""
         if self._transactions is None:
             from pgqueue.database.transaction import Transactions
 
             self._transactions = Transactions(*self._database())
 
+        value = None
+
         def body(transaction: Transaction) -> Outcome:
+            nonlocal value
             value = self._call(call, transaction)
-            return _recorded(job, _returned(job, started, call.task, value))
+            return _recorded(job, _encoded(job, started, call.task, value))
 
         self._transactions.run(body, limit=call.hard, clock=clock)
-        return Succeeded(job.number, started, clock(), acked=True)
+        return value
 
-    async def _atransact(self, job: Job, call: _Call, started: float) -> Succeeded:
+    async def _atransact(self, job: Job, call: _Call, started: float) -> Any:
         if self._async_transactions is None:
             from pgqueue.database.transaction import AsyncTransactions
 
             self._async_transactions = AsyncTransactions(*self._database())
 
+        value = None
+
         async def body(transaction: Transaction) -> Outcome:
+            nonlocal value
             value = await self._acall(call, transaction)
-            return _recorded(job, _returned(job, started, call.task, value))
+            return _recorded(job, _encoded(job, started, call.task, value))
 
         await self._async_transactions.run(body, limit=call.hard, clock=clock)
-        return Succeeded(job.number, started, clock(), acked=True)
+        return value
 
     def _database(self) -> tuple[str, str, Callable[..., Any] | None, Callable[[int], None]]:
         app, board = self._app, self._board
@@ -189,7 +203,45 @@ class Body:
 
         return app.dsn, app.schema, app.session_factory, tell
 
-    def _raised(self, job: Job, started: float, task: Task[Any, Any] | None, error: BaseException) -> Ended:
+    def _returned(self, job: Job, started: float, call: _Call, value: Any) -> Succeeded:
+        if call.task.transactional:
+            succeeded = Succeeded(job.number, started, clock(), acked=True)
+        else:
+            succeeded = _encoded(job, started, call.task, value)
+        if self._hooks.has("task_succeeded"):
+            event = TaskSucceeded(call.request, value, succeeded.finished - started)
+            self._hooks.tell("task_succeeded", event)
+        return succeeded
+
+    def _raised(
+        self,
+        job: Job,
+        started: float,
+        task: Task[Any, Any] | None,
+        call: _Call | None,
+        error: BaseException,
+    ) -> Ended:
+        ended = self._judged(job, started, task, call, error)
+        if self._hooks and isinstance(ended, Failed) and ended.reason != "crashed":
+            request = call.request if call is not None else _request(job, [], {}, _headers(job)[0])
+            if issubclass(type(error), Retry) and error.cause is not None:  # type: ignore[attr-defined]
+                error = error.cause  # type: ignore[attr-defined]
+            seconds = ended.finished - started
+            if ended.delay is not None:
+                self._hooks.tell("task_retried", TaskRetried(request, error, ended.delay, seconds))
+            else:
+                self._hooks.tell("task_failed", TaskFailed(request, error, ended.reason, seconds))
+        return ended
+
+    def _judged(
+        self,
+        job: Job,
+        started: float,
+        task: Task[Any, Any] | None,
+        call: _Call | None,
+        error: BaseException,
+    ) -> Ended:
+        """What becomes of a job whose body raised, or was never called."""
         kind = type(error)  # asking for the class it claims may run its code
         if task is not None and task.transactional and (ended := _cut_off(job, started, error)) is not None:
             return ended
@@ -197,12 +249,7 @@ class Body:
             return Cancelled(job.number, started, clock())
         if issubclass(kind, UnknownTask) and task is None:  # else the body looked for another one
             return _dead(job, started, error, "unknown_task", self._app.route(job.task).dead_letter_queue)
-        if (
-            issubclass(kind, PayloadError)
-            and task is not None
-            and error.__traceback__ is not None
-            and not _raised_by_task(error, task)
-        ):
+        if issubclass(kind, PayloadError) and task is not None and call is None:
             return _dead(job, started, error, "bad_payload", task.dead_letter_queue)
         return self._failed(job, started, error, task)
 
@@ -339,7 +386,7 @@ def _recorded(job: Job, succeeded: Succeeded) -> Outcome:
     )
 
 
-def _returned(job: Job, started: float, task: Task[Any, Any], value: Any) -> Succeeded:
+def _encoded(job: Job, started: float, task: Task[Any, Any], value: Any) -> Succeeded:
     finished = clock()
     if value is None or task.ignore_result:
         return Succeeded(job.number, started, finished)
@@ -359,14 +406,6 @@ def _shapeless(job: Job, started: float, error: BaseException, task: Task[Any, A
         reason="not_retryable",
         dead_letter_queue=task.dead_letter_queue if task is not None else None,
     )
-
-
-def _raised_by_task(error: BaseException, task: Task[Any, Any]) -> bool:
-    """Whether the body ran: its own PayloadError (from enqueueing another job, say) is an ordinary
-    failure.
-    """
-    code = getattr(task.function, "__code__", None)
-    return any(step.f_code is code for step, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _dead(

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 import msgspec
 
 from pgqueue.failpoints import failpoint
+from pgqueue.hooks import HOOKS, ChildStarted
 from pgqueue.worker.body import Body
 from pgqueue.worker.interrupts import Alarm
 from pgqueue.worker.signals import stay, stay_when_asked_to_stop
@@ -38,6 +39,7 @@ from pgqueue.worker.wire import (
     Skipped,
     Tired,
     clock,
+    decode_hook,
     decode_jobs,
     frame,
 )
@@ -192,6 +194,19 @@ def _leave(message: msgspec.Struct) -> NoReturn:
     os._exit(status)
 
 
+def run_hook(app: PgQueue, channel: socket.socket) -> NoReturn:
+    """The life of a child that was forked to tell the worker's own hooks; never returns."""
+    try:
+        (payload,) = Frames().feed(channel.recv(1 << 16))
+        message = decode_hook(payload)
+        app.hooks.tell(message.name, HOOKS[message.name](message.worker))  # type: ignore[arg-type]
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _flush()
+        os._exit(0)
+
+
 def become_executor(app: PgQueue, channel: socket.socket, board_descriptor: int) -> None:
     """The life of a freshly forked child; never returns."""
     status = 1
@@ -203,6 +218,7 @@ def become_executor(app: PgQueue, channel: socket.socket, board_descriptor: int)
         boards = Board.map(board_descriptor, config.slots)
         Board.seal(board_descriptor)
         os.close(board_descriptor)
+        app.hooks.tell("child_started", ChildStarted(os.getpid(), config.pool))
         _executor(config.pool)(app, Channel(channel), boards).serve()
         status = 0
     except (BrokenPipeError, ConnectionResetError):

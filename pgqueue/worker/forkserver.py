@@ -4,8 +4,8 @@ It has no connection, no loop and no thread of its own, so there is nothing a fo
 its supervisor, and its children with it (on Linux the kernel sees to both; elsewhere they see the end of
 their channel).
 
-Talks over one socket: each request is a four-byte index with two descriptors, the executor's channel and its
-board; the answers are frames of `wire`.
+Talks over one socket: each request is a `FORK` of a few bytes with the child's descriptors, an executor's
+channel and board, or the channel of a process that runs hooks; the answers are frames of `wire`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,21 @@ from pgqueue.app import PgQueue, load_app
 from pgqueue.config import LOG_FORMAT
 from pgqueue.errors import ConfigError, PgQueueError
 from pgqueue.task import Task
-from pgqueue.worker.executor import become_executor
+from pgqueue.worker.executor import become_executor, run_hook
 from pgqueue.worker.signals import stay_when_asked_to_stop
-from pgqueue.worker.wire import Board, Exited, Forked, Loaded, LoadFailed, TaskFacts, clock, frame
+from pgqueue.worker.wire import (
+    EXECUTOR,
+    FORK,
+    HOOK,
+    Board,
+    Exited,
+    Forked,
+    Loaded,
+    LoadFailed,
+    TaskFacts,
+    clock,
+    frame,
+)
 
 _PR_SET_PDEATHSIG = 1
 LOOK_EVERY = 0.1
@@ -98,22 +110,22 @@ class ForkServer:
                     self._kill_unproven()
 
     def _answer(self, inherited: Iterable[socket.socket | selectors.BaseSelector]) -> bool:
-        """Fork one executor; False when the supervisor is gone.
+        """Fork one child; False when the supervisor is gone.
 
         Args:
             inherited: What the child has no use for.
         """
-        request, descriptors, _, _ = socket.recv_fds(self._control, 4, 2)
+        request, descriptors, _, _ = socket.recv_fds(self._control, FORK.size, 2)
         if not request:
             return False
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)  # they come inheritable; not for programs that tasks start
         channel = socket.socket(fileno=descriptors[0])
-        index = int.from_bytes(request, "big")
+        index, kind = FORK.unpack(request)
         server = os.getpid()
         # Before the fork: the child seals them, and then nobody else can map them.
-        slots = self._app.config.slots
-        boards = Board.map(descriptors[1], slots) if self._look_every is not None else []
+        slots = self._app.config.slots if kind == EXECUTOR else 0
+        boards = Board.map(descriptors[1], slots) if slots and self._look_every is not None else []
         for board in boards[:1]:
             board.keep_from_children()
         try:
@@ -124,7 +136,8 @@ class ForkServer:
         except OSError:  # too many processes: no reason to take the other executors down
             traceback.print_exc()
             channel.close()
-            os.close(descriptors[1])
+            for descriptor in descriptors[1:]:
+                os.close(descriptor)
             self._send(Exited(index, 0, os.EX_OSERR))
             return True
         if pid == 0:
@@ -133,10 +146,13 @@ class ForkServer:
             self._control.close()
             for each in inherited:
                 each.close()
+            if kind == HOOK:
+                run_hook(self._app, channel)
             become_executor(self._app, channel, descriptors[1])
         channel.close()
         self._children[pid] = _Child(index, boards)
-        os.close(descriptors[1])
+        for descriptor in descriptors[1:]:
+            os.close(descriptor)
         self._send(Forked(index, pid))
         return True
 
@@ -221,7 +237,7 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
         importlib.import_module("pgqueue.database.transaction")  # once for all of them
     gc.collect()
     gc.freeze()  # the children share these pages until a collection touches them
-    control.sendall(frame(Loaded(facts, asdict(config))))
+    control.sendall(frame(Loaded(facts, asdict(config), app.hooks.names)))
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         ForkServer(app, control).serve()
 

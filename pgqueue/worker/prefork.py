@@ -23,9 +23,13 @@ import msgspec
 
 from pgqueue.config import Config
 from pgqueue.errors import AppNotLoaded, ConfigError, PgQueueError
+from pgqueue.hooks import HookName
 from pgqueue.worker.dispatcher import Executor, Slot
 from pgqueue.worker.interrupts import CANCEL_SIGNAL
 from pgqueue.worker.wire import (
+    EXECUTOR,
+    FORK,
+    HOOK,
     MAX_FRAME,
     Board,
     Exited,
@@ -37,6 +41,7 @@ from pgqueue.worker.wire import (
     Jobs,
     Loaded,
     LoadFailed,
+    RunHook,
     decode_from_executor,
     decode_from_fork_server,
     frame,
@@ -45,6 +50,8 @@ from pgqueue.worker.wire import (
 log = logging.getLogger("pgqueue.worker")
 
 _READ = 1 << 18
+HOOK_PATIENCE = 10.0
+"""Seconds that a hook of the worker may take."""
 _EXIT_PATIENCE = 1.0
 """Seconds between the end of an executor's channel and the news of its exit."""
 
@@ -57,6 +64,18 @@ class _Line:
     channel: socket.socket
     frames: Frames = field(default_factory=Frames)
     unsent: bytearray = field(default_factory=bytearray)
+
+
+@dataclass(slots=True, eq=False)
+class _RunningHook:
+    """A process that was forked to run a hook."""
+
+    ended: asyncio.Future[None]
+    pid: int = 0
+
+    def end(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
 
 
 class Owner(Protocol):
@@ -93,6 +112,8 @@ class Prefork:
         self._watch: int | None = None
         self._loaded: asyncio.Future[Loaded] | None = None
         self._slots = 1
+        self._hooks: frozenset[str] = frozenset()
+        self._running_hooks: dict[int, _RunningHook] = {}
         self.proven_until = 0.0
 
     async def start(self) -> Loaded:
@@ -120,6 +141,7 @@ class Prefork:
                 self._loop.add_reader(self._watch, self._server_ended, ours)
         loaded = await self._loaded
         self._slots = Config(**loaded.config).slots
+        self._hooks = frozenset(loaded.hooks)
         return loaded
 
     @property
@@ -137,7 +159,7 @@ class Prefork:
         index = self._next_index
         try:
             boards = Board.map(descriptor, self._slots)
-            socket.send_fds(self._control, [index.to_bytes(4, "big")], [theirs.fileno(), descriptor])
+            socket.send_fds(self._control, [FORK.pack(index, EXECUTOR)], [theirs.fileno(), descriptor])
         except OSError:
             ours.close()  # the fork server is gone: its end of file is on the way
             return
@@ -152,6 +174,31 @@ class Prefork:
         line = _Line(executor, ours)
         self._lines[index] = line
         self._loop.add_reader(ours, self._read, line)
+
+    async def run_hook(self, name: HookName, worker: str) -> None:
+        """Have the application told, in a process of its own; returns when it has been, or takes too long."""
+        if name not in self._hooks or self._control is None:
+            return
+        self._next_index += 1
+        index = self._next_index
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.sendall(frame(RunHook(name, worker)))
+            try:
+                socket.send_fds(self._control, [FORK.pack(index, HOOK)], [theirs.fileno()])
+            except OSError:
+                return
+            hook = self._running_hooks[index] = _RunningHook(self._loop.create_future())
+            try:
+                async with asyncio.timeout(HOOK_PATIENCE):
+                    await hook.ended
+            except TimeoutError:
+                log.error("hook_killed hook=%s seconds=%g", name, HOOK_PATIENCE)
+                if hook.pid:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(hook.pid, signal.SIGKILL)
+            finally:
+                self._running_hooks.pop(index, None)
 
     @property
     def count(self) -> int:
@@ -310,6 +357,8 @@ class Prefork:
             return
         if loaded is not None and (loaded.cancelled() or loaded.exception() is not None):
             return  # who started it knows
+        for hook in self._running_hooks.values():
+            hook.end()
         for line in list(self._lines.values()):
             self._exit(line, "lost its fork server")
         self.owner.on_lost_fork_server()
@@ -325,10 +374,14 @@ class Prefork:
             line = self._lines.get(message.index)
             if line is not None:
                 line.executor.pid = message.pid
+            elif message.index in self._running_hooks:
+                self._running_hooks[message.index].pid = message.pid
         elif isinstance(message, Exited):
             line = self._lines.get(message.index)
             if line is not None:
                 self._exit(line, _how(message), unproven=message.unproven)
+            elif message.index in self._running_hooks:
+                self._running_hooks.pop(message.index).end()
 
     def _exit(self, line: _Line, how: str, *, unproven: bool = False) -> None:
         with contextlib.suppress(

@@ -118,6 +118,7 @@ class Supervisor:
         self._killed = False
         self._complete = True
         self._draining = False
+        self._told_ready = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self._maintenance = Maintenance(
@@ -204,6 +205,7 @@ class Supervisor:
             ]
             await self._stop_event.wait()
             deadline = clock() + config.shutdown_timeout
+            told = self._spawn(self._tell_stopping())
             if self._failure is None:
                 await self._drain(deadline)
             self._claimer.finish()
@@ -215,6 +217,8 @@ class Supervisor:
             if self._failure is not None:
                 raise self._failure
             await self._leave(deadline)
+            if not self._at_once:
+                await asyncio.wait([told], timeout=max(deadline - clock(), 0.0))
             return self._complete
         finally:
             for task in list(self._tasks):
@@ -223,6 +227,10 @@ class Supervisor:
             await self._claim_link.close()
             await self._maintenance_link.close()
             self._health_service.close()
+
+    async def _tell_stopping(self) -> None:
+        if self._told_ready:
+            await self._processes.run_hook("worker_stopping", self._identity.id)
 
     def stop(self, at_once: bool = False) -> None:
         """Ask to stop; `at_once`, also later: without waiting for what runs, or for the database."""
@@ -372,6 +380,9 @@ class Supervisor:
                 executor.pid = message.pid
                 executor.ready = True
                 self._crew.ready(executor)
+                if not self._told_ready:
+                    self._told_ready = True
+                    self._spawn(self._processes.run_hook("worker_ready", self._identity.id))
             elif isinstance(message, Tired):
                 log.info("executor_full pid=%d memory_kib=%d", executor.pid, message.memory)
                 dispatcher.retire(executor)

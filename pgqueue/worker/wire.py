@@ -74,6 +74,13 @@ class Jobs(msgspec.Struct, array_like=True, tag="jobs"):
     slot: int = 0
 
 
+class RunHook(msgspec.Struct, array_like=True, tag="hook"):
+    """Supervisor to a process that was forked for it: tell the hooks of this name."""
+
+    name: str
+    worker: str
+
+
 class Ready(msgspec.Struct, array_like=True, tag="ready"):
     """Executor to supervisor: waiting for jobs."""
 
@@ -184,10 +191,14 @@ class TaskFacts(msgspec.Struct, array_like=True):
 
 
 class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
-    """Fork server to supervisor: the application is imported. `config`: the fields of its `Config`."""
+    """Fork server to supervisor: the application is imported. `config`: the fields of its `Config`.
+
+    `hooks`: names of those it has.
+    """
 
     tasks: dict[str, TaskFacts]
     config: dict[str, Any]
+    hooks: list[str] = []
 
 
 class LoadFailed(msgspec.Struct, array_like=True, tag="load_failed"):
@@ -224,8 +235,14 @@ Ended = Succeeded | Failed | Snoozed | Cancelled | Released | Stale
 FromExecutor = Ready | Ended | Tired | Skipped
 FromForkServer = Loaded | LoadFailed | Forked | Exited
 
+FORK = struct.Struct("=IB")
+"""Supervisor to fork server, with the child's descriptors: its index, and what it is to be."""
+EXECUTOR, HOOK = 0, 1
+"""With a channel and a board, or with a channel."""
+
 _encoder = msgspec.msgpack.Encoder()
 _decode_jobs = msgspec.msgpack.Decoder(Jobs).decode
+_decode_hook = msgspec.msgpack.Decoder(RunHook).decode
 _decode_from_executor = msgspec.msgpack.Decoder(FromExecutor).decode
 _decode_from_fork_server = msgspec.msgpack.Decoder(FromForkServer).decode
 
@@ -263,6 +280,11 @@ class Frames:
 def decode_jobs(payload: bytes) -> Jobs:
     """What an executor reads."""
     return _decode_jobs(payload)
+
+
+def decode_hook(payload: bytes) -> RunHook:
+    """What a process that was forked for a hook reads."""
+    return _decode_hook(payload)
 
 
 def decode_from_executor(payload: bytes) -> FromExecutor:

@@ -565,6 +565,14 @@ CALLS: Mapping[str, Sequence[tuple[str, str, str]]] = {
         ("app.configure(session_factory=5)", "ConfigError", "5"),
         ("(used.config, used.configure(lease=60))", "ConfigError", "first use"),
     ),
+    "app.hook(…)": (
+        ("app.hook('task_faild')", "ConfigError", "task_failed"),
+        ("app.hook('on_failure')", "ConfigError", "on_failure"),
+        ("app.hook(5)", "ConfigError", "5"),
+        ("app.hook('task_failed')(5)", "ConfigError", "5"),
+        ("app.middleware(5)", "ConfigError", "5"),
+        ("app.middleware(lambda context: None)", "ConfigError", "generator"),
+    ),
     "app.task(…)": (
         ("app.task(5)", "ConfigError", "5"),
         ("app.task(transactional=True)(lambda: None)", "ConfigError", "bind=True"),

@@ -312,7 +312,7 @@ class TestDefinition:
 
         app = PgQueue("t", task_defaults={"history": False})
         assert app.task(bind=True, transactional=True)(lambda self: None).history
-        assert not app.task(lambda: None).history
+        assert not app.task(name="other")(lambda: None).history
 
     def test_a_session_factory_that_is_none(self) -> None:
         with pytest.raises(ConfigError, match="session_factory must be what makes sessions, like SQLAlchemy"):

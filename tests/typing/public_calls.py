@@ -7,7 +7,7 @@ rely on. The mistakes that checkers find are in mistakes.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, assert_type
 from uuid import uuid4
@@ -20,6 +20,7 @@ import sqlalchemy.ext.asyncio as sqlalchemy_asyncio
 from sqlalchemy.orm import Session, sessionmaker
 
 from pgqueue import AsyncResult, JobOptions, PgQueue, Request, Signature, TaskContext
+from pgqueue.hooks import TaskFailed
 
 app = PgQueue(
     "typing",
@@ -60,6 +61,23 @@ def transactional(self: TaskContext, number: int) -> None:
     session.commit()
     plain.on(connection).delay(number)
     plain.on(session).delay(number)
+
+
+@app.hook("task_failed")
+def failed(event: TaskFailed) -> None:
+    assert_type(event.request, Request)
+    assert_type(event.error, BaseException)
+
+
+@app.middleware
+def around(context: TaskContext) -> Iterator[None]:
+    assert_type(context.request.id, str)
+    yield
+
+
+def eagerly() -> None:
+    with app.eager(propagate=True):
+        assert_type(plain.delay(1).get(), str)
 
 
 @app.task
