@@ -48,6 +48,20 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
+@dataclass(frozen=True, slots=True)
+class PoolSize:
+    """How many executors a worker has in one pool, and how many jobs each runs at a time."""
+
+    most: int
+    least: int
+    slots: int
+
+    @property
+    def jobs(self) -> int:
+        """At a time, of all of them."""
+        return self.most * self.slots
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Config:
     """Every setting of one application, checked.
@@ -71,6 +85,7 @@ class Config:
             None for one per usable CPU, 10 threads, 100 coroutines.
         processes: Executors, where each runs several jobs.
         autoscale: Instead of `concurrency`: the most and the least executors, by how many jobs there are.
+        task_pools: Jobs at a time in the pools that tasks ask for, as in "threads:20,asyncio:200".
         max_tasks_per_child: Jobs after which an executor is replaced.
         max_memory_per_child: KiB of resident memory above which an executor is replaced, after the job that
             brought it there.
@@ -99,6 +114,7 @@ class Config:
     concurrency: int | None = None
     processes: int = 1
     autoscale: tuple[int, int] | None = None
+    task_pools: str | None = None
     max_tasks_per_child: int | None = None
     max_memory_per_child: int | None = None
     soft_time_limit: float | None = None
@@ -146,30 +162,25 @@ class Config:
             raise ConfigError("; ".join(unknown))
         return replace(self, **changes)
 
-    @property
-    def slots(self) -> int:
-        """Jobs that each executor of a worker runs at a time."""
-        return (self.concurrency or SLOTS[self.pool]) if self.pool in SLOTS else 1
-
-    @property
-    def executors(self) -> tuple[int, int]:
-        """The most and the least executors of a worker."""
-        if self.pool == "solo":
-            return 1, 1
-        if self.autoscale is not None:
-            return self.autoscale
-        count = self.concurrency or usable_cpus() if self.pool == "prefork" else self.processes
-        return count, count
+    def size(self, pool: str | None = None) -> PoolSize:
+        """Of the worker's own pool, or of one that tasks ask for."""
+        own = pool is None or pool == self.pool
+        pool = self.pool if pool is None else pool
+        asked = self.concurrency if own else _sizes(self.task_pools).get(pool)
+        if pool == "solo":
+            return PoolSize(1, 1, 1)
+        if pool in SLOTS:
+            processes = self.processes if own else 1
+            return PoolSize(processes, processes, asked or SLOTS[pool])
+        if own and self.autoscale is not None:
+            return PoolSize(*self.autoscale, 1)
+        count = asked or usable_cpus()
+        return PoolSize(count, count, 1)
 
     @property
     def limited(self) -> bool:
         """Whether time limits hold: not where somebody may be looking at a debugger's prompt."""
         return self.pool != "solo"
-
-    @property
-    def most_jobs(self) -> int:
-        """Jobs that a worker runs at a time."""
-        return self.executors[0] * self.slots
 
     @property
     def masked_dsn(self) -> str | None:
@@ -319,6 +330,29 @@ def _autoscale(value: object) -> tuple[int, int] | None:
     )
 
 
+def _sizes(text: str | None) -> dict[str, int]:
+    parts = [part.partition(":") for part in (text or "").split(",") if part]
+    return {name: int(size) for name, _, size in parts}
+
+
+def _task_pools(value: object) -> str | None:
+    """`threads:20,asyncio:200`."""
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else []
+    names = [part.partition(":")[0] for part in parts]
+    try:
+        if not parts or len(set(names)) < len(names) or not set(names) <= set(POOLS[:-1]):
+            raise ValueError
+        for size in _sizes(",".join(parts)).values():
+            _concurrency(size)
+    except ValueError:
+        raise ValueError(
+            f"must be pools with their jobs at a time, as in threads:20,asyncio:200, got {shown(value)}"
+        ) from None
+    return ",".join(parts)
+
+
 def _port(value: object) -> int | None:
     if value is None:
         return None
@@ -396,6 +430,7 @@ _RULES: Final[dict[str, Callable[[object], Any]]] = {
     "concurrency": _concurrency_or_none,
     "processes": _processes,
     "autoscale": _autoscale,
+    "task_pools": _task_pools,
     "max_tasks_per_child": _count_or_none,
     "max_memory_per_child": _count_or_none,
     "soft_time_limit": _positive_or_none,
@@ -413,5 +448,5 @@ _RULES: Final[dict[str, Callable[[object], Any]]] = {
 }
 _NUMBERS: Final = frozenset(_RULES) - {
     *("dsn", "listen", "listen_dsn", "schema", "log_level", "queue", "health_host", "autoscale"),
-    "pool",
+    *("pool", "task_pools"),
 }

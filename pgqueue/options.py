@@ -22,6 +22,7 @@ LONG_AGO: Final = 1_000_000_000
 """Thirty years: what lies further back is as past, and may fall off the calendars of Python and Postgres."""
 
 
+Pool = Literal["prefork", "threads", "asyncio"]
 OnConflict = Literal["return", "raise", "replace"]
 UniqueUntil = Literal["end", "start"]
 
@@ -51,6 +52,7 @@ class TaskDefaults(TypedDict, total=False):
             together with the job's end: its effects there happen exactly once. Needs `bind=True`.
         soft_time_limit: Seconds after which `SoftTimeLimitExceeded` is raised in the task.
         time_limit: Seconds after which the task is killed.
+        pool: What it runs in: "prefork", "threads" or "asyncio", whatever the worker's own pool is.
         ignore_result: Store no result.
         history: Whether a job that has succeeded is kept in `finished_jobs`.
         unique_until: "end", or "start": from then on another job may have the `unique_key`.
@@ -74,6 +76,7 @@ class TaskDefaults(TypedDict, total=False):
     transactional: bool
     soft_time_limit: float | None
     time_limit: float | None
+    pool: Pool
     ignore_result: bool
     history: bool
     unique_until: UniqueUntil
@@ -351,6 +354,7 @@ _CHECKS: Final[dict[str, Callable[[Any], object]]] = {
     "transactional": _flag("transactional"),
     "soft_time_limit": lambda value: check_limit("soft_time_limit", value),
     "time_limit": lambda value: check_limit("time_limit", value),
+    "pool": _choice("pool", get_args(Pool)),
     "ignore_result": _flag("ignore_result"),
     "history": _flag("history"),
     "unique_until": _choice("unique_until", get_args(UniqueUntil)),

@@ -199,6 +199,12 @@ class Task(Generic[P, R]):
         return limit
 
     @property
+    def pool(self) -> str | None:
+        """What it runs in, None for the worker's own pool."""
+        pool: str | None = self._options.get("pool")
+        return pool
+
+    @property
     def exclusive(self) -> bool:
         """Its runs never overlap."""
         return bool(self._options.get("exclusive"))

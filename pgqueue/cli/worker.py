@@ -82,6 +82,11 @@ later or more) or SIGQUIT does not wait."""
     help="Processes of threads or coroutines.  [default: 1]",
 )
 @click.option(
+    "--task-pools",
+    metavar="SIZES",
+    help="Jobs at a time in the pools that tasks ask for, as in threads:20,asyncio:200.",
+)
+@click.option(
     "--autoscale",
     metavar="MAX,MIN",
     help="Instead of -c: so many executors at most and at least, by the work there is.",
@@ -139,6 +144,7 @@ def worker(
     pool: str | None,
     concurrency: int | None,
     processes: int | None,
+    task_pools: str | None,
     autoscale: str | None,
     max_tasks_per_child: int | None,
     max_memory_per_child: int | None,
@@ -172,6 +178,7 @@ def worker(
         "dsn": context.dsn,
         "schema": context.schema,
         "pool": pool,
+        "task_pools": task_pools,
         "concurrency": concurrency,
         "processes": processes,
         "autoscale": autoscale,

@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 
 import msgspec
@@ -55,9 +56,40 @@ RUSH = 200
 in claims: producers that wait for each other's NOTIFY are slow, and few claims would seem to find work."""
 RUSH_PAUSE = 0.003
 DISARM_INTERVAL = 1.0
+PASSING_COST = 10
+"""Of the time that an empty look at jobs of some tasks took: the pause before the next."""
 STRAYS_INTERVAL = 30.0
 """Seconds between looks for jobs that run under our name without our knowing. A claim whose answer was lost
 may be committed long after we have a new connection: its process was frozen, or waited for a standby."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFilter:
+    """Which tasks a claimer claims jobs of: where a worker has several pools each has a claimer of its own.
+
+    Attributes:
+        names: The tasks; None for all there are.
+        but: All except those.
+    """
+
+    names: frozenset[str] | None = None
+    but: bool = False
+
+    def __bool__(self) -> bool:
+        return self.names is not None
+
+    @property
+    def takes_the_rest(self) -> bool:
+        """Whether jobs of tasks that nobody knows are its own."""
+        return self.names is None or self.but
+
+    def has(self, task: str) -> bool:
+        """Whether jobs of this task are its own."""
+        return self.names is None or (task in self.names) != self.but
+
+    def parameters(self) -> dict[str, object]:
+        """Of `claim_jobs`."""
+        return {"tasks": None if self.names is None else sorted(self.names), "but": self.but}
 
 
 class Claimer:
@@ -69,6 +101,7 @@ class Claimer:
         share: Called with the queues of a claim that came back full, or of jobs given back: somebody who
             sleeps may help.
         retried: Called when the database has confirmed retries, with the seconds until the first is due.
+        share_of: Which tasks are its own.
     """
 
     def __init__(
@@ -84,8 +117,10 @@ class Claimer:
         retried: Callable[[float], None],
         poll_interval: float,
         random: Random,
+        share_of: TaskFilter | None = None,
     ) -> None:
         self._link = link
+        self._tasks = share_of or TaskFilter()
         self._lanes = lanes
         self._dispatcher = dispatcher
         self._identity = identity
@@ -278,7 +313,8 @@ class Claimer:
             hint = self._hint(now)
             if hint is not None:
                 groups.append([self._hint_call(hint)])
-            groups.append([Call("claim_jobs", {**plan.parameters(), "worker": worker, "bare": self._bare})])
+            parameters = {**plan.parameters(), **self._tasks.parameters(), "worker": worker}
+            groups.append([Call("claim_jobs", {**parameters, "bare": self._bare})])
         if not groups:
             return
         try:
@@ -348,6 +384,10 @@ class Claimer:
             self._look_again_at = now + (RUSH_PAUSE if self._rushing(now) else 0.0)
         else:
             self._found_nothing(now)
+            if self._tasks:
+                # It may have walked over many jobs of other tasks: not all the time.
+                walked = clock() - now
+                self._look_again_at = max(self._look_again_at, clock() + PASSING_COST * walked)
 
     def _rushing(self, now: float) -> bool:
         """Whether the last second brought so much work that being woken for each job would cost too much."""
@@ -382,11 +422,17 @@ class Claimer:
         held |= self._dispatcher.holds
         # By attempt: a job we gave back may have been claimed again in the round trip whose answer was lost.
         ended = {(outcome.id, outcome.attempt) for outcome in self._acking + self._aside}
-        unknown = [job for job in jobs if job.id not in held and (job.id, job.attempt) not in ended]
+        unknown = [
+            job
+            for job in jobs
+            if self._tasks.has(job.task) and job.id not in held and (job.id, job.attempt) not in ended
+        ]
         self._dispatcher.outcomes += [
             outcome
             for outcome in unreadable
-            if outcome.id not in held and (outcome.id, outcome.attempt) not in ended
+            if self._tasks.takes_the_rest
+            and outcome.id not in held
+            and (outcome.id, outcome.attempt) not in ended
         ]
         self._take(unknown)
         return len(unknown)

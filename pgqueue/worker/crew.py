@@ -11,6 +11,7 @@ import asyncio
 import logging
 from typing import Protocol
 
+from pgqueue.config import PoolSize
 from pgqueue.worker.dispatcher import Dispatcher, Executor
 
 log = logging.getLogger("pgqueue.worker")
@@ -23,11 +24,10 @@ SHRINK_AFTER = 30.0
 class Processes(Protocol):
     """What is asked of the processes."""
 
-    @property
-    def count(self) -> int:
-        """Executors asked for and not gone."""
+    def count(self, pool: str) -> int:
+        """Executors of this pool asked for and not gone."""
 
-    def fork(self) -> None:
+    def fork(self, pool: str, slots: int) -> None:
         """Ask for one more."""
 
     def retire(self, executor: Executor) -> None:
@@ -35,36 +35,33 @@ class Processes(Protocol):
 
 
 class Crew:
-    """Keeps as many executors as are wanted.
+    """Keeps as many executors of one pool as are wanted.
 
     Args:
-        most: Executors at most.
-        least: Executors at least; their number follows the work in between.
-        slots: Of each executor.
+        size: Between its least and its most their number follows the work.
     """
 
-    def __init__(
-        self, processes: Processes, dispatcher: Dispatcher, *, most: int, least: int, slots: int = 1
-    ) -> None:
+    def __init__(self, processes: Processes, dispatcher: Dispatcher, pool: str, size: PoolSize) -> None:
         self._processes = processes
         self._dispatcher = dispatcher
-        self._most = most
-        self._least = least
-        self._slots = slots
+        self._pool = pool
+        self._most = size.most
+        self._least = size.least
+        self._slots = size.slots
         self._loop = asyncio.get_running_loop()
         self._delay = RESTART_FIRST
         self._dismissed = False
         self._told: set[int] = set()
         self._busiest = 0
         self._shrink_at: float | None = None
-        self._resize(least)
+        self._resize(size.least)
 
     def fill(self) -> None:
         """Fork what is missing."""
         if not self._dismissed:
-            missing = self._wanted - (self._processes.count - len(self._dispatcher.leaving))
-            for _ in range(missing):
-                self._processes.fork()
+            there = self._processes.count(self._pool) - len(self._dispatcher.leaving)
+            for _ in range(self._wanted - there):
+                self._processes.fork(self._pool, self._slots)
 
     def ready(self, executor: Executor) -> None:
         """One is up."""

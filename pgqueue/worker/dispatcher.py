@@ -103,6 +103,7 @@ class Executor:
     """
 
     index: int
+    pool: str = "prefork"
     pid: int = 0
     ready: bool = False
     retiring: bool = False
@@ -193,6 +194,25 @@ class Dispatcher:
     def waiting(self) -> int:
         """Claimed jobs that no executor has."""
         return len(self._waiting)
+
+    @property
+    def ready_slots(self) -> int:
+        """Of the executors that are up."""
+        return sum(len(each.slots) for each in self.executors.values() if each.ready)
+
+    def counts(self) -> dict[str, int]:
+        """What became of jobs."""
+        return {
+            "succeeded": self.succeeded,
+            "failed": self.failed,
+            "crashed": self.crashed,
+            "stale_acks": self.stale,
+        }
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether a slot has, or will have, more than the job that it runs."""
+        return bool(self._waiting) or self.in_flight > self.most
 
     @property
     def in_flight(self) -> int:

@@ -207,19 +207,20 @@ def run_hook(app: PgQueue, channel: socket.socket) -> NoReturn:
         os._exit(0)
 
 
-def become_executor(app: PgQueue, channel: socket.socket, board_descriptor: int) -> None:
+def become_executor(
+    app: PgQueue, channel: socket.socket, board_descriptor: int, pool: str, slots: int
+) -> None:
     """The life of a freshly forked child; never returns."""
     status = 1
     try:
         stay_when_asked_to_stop()
         os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_let_go)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        config = app.config
-        boards = Board.map(board_descriptor, config.slots)
+        boards = Board.map(board_descriptor, slots)
         Board.seal(board_descriptor)
         os.close(board_descriptor)
-        app.hooks.tell("child_started", ChildStarted(os.getpid(), config.pool))
-        _executor(config.pool)(app, Channel(channel), boards).serve()
+        app.hooks.tell("child_started", ChildStarted(os.getpid(), pool))
+        _executor(pool)(app, Channel(channel), boards).serve()
         status = 0
     except (BrokenPipeError, ConnectionResetError):
         status = 0  # the supervisor is gone

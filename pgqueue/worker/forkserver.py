@@ -36,7 +36,6 @@ from pgqueue.task import Task
 from pgqueue.worker.executor import become_executor, run_hook
 from pgqueue.worker.signals import stay_when_asked_to_stop
 from pgqueue.worker.wire import (
-    EXECUTOR,
     FORK,
     HOOK,
     Board,
@@ -121,10 +120,10 @@ class ForkServer:
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)  # they come inheritable; not for programs that tasks start
         channel = socket.socket(fileno=descriptors[0])
-        index, kind = FORK.unpack(request)
+        index, name, slots = FORK.unpack(request)
+        kind = name.rstrip(b"\0").decode()
         server = os.getpid()
         # Before the fork: the child seals them, and then nobody else can map them.
-        slots = self._app.config.slots if kind == EXECUTOR else 0
         boards = Board.map(descriptors[1], slots) if slots and self._look_every is not None else []
         for board in boards[:1]:
             board.keep_from_children()
@@ -148,7 +147,7 @@ class ForkServer:
                 each.close()
             if kind == HOOK:
                 run_hook(self._app, channel)
-            become_executor(self._app, channel, descriptors[1])
+            become_executor(self._app, channel, descriptors[1], kind, slots)
         channel.close()
         self._children[pid] = _Child(index, boards)
         for descriptor in descriptors[1:]:
@@ -193,6 +192,7 @@ def _facts(task: Task[..., Any]) -> TaskFacts:
         history=task.history,
         time_limit=task.time_limit,
         time_limit_policy=task.policy.numbers() if task.policy.retries_time_limit else None,
+        pool=task.pool,
     )
 
 

@@ -32,7 +32,6 @@ from dataclasses import asdict, dataclass
 from typing import Final, Protocol, cast
 
 from pgqueue.errors import WorkerError
-from pgqueue.worker.dispatcher import Dispatcher
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.wire import clock
 
@@ -53,14 +52,27 @@ BLIND: Final = 5.0
 """Seconds between two looks after which we were not looking."""
 
 
+class Work(Protocol):
+    """The worker's executors and jobs."""
+
+    @property
+    def ready_slots(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    def wanted(self) -> int: ...
+
+
 class Claims(Protocol):
     """What is asked of the claim loop."""
 
-    draining: bool
-    last_claim: float | None
-    last_failure: float | None
-    failing_since: float | None
-
+    @property
+    def draining(self) -> bool: ...
+    @property
+    def last_claim(self) -> float | None: ...
+    @property
+    def last_failure(self) -> float | None: ...
+    @property
+    def failing_since(self) -> float | None: ...
     @property
     def unacked(self) -> int:
         """Outcomes that the database has not confirmed."""
@@ -114,7 +126,7 @@ class Health:
     def __init__(
         self,
         identity: Identity,
-        dispatcher: Dispatcher,
+        work: Work,
         claims: Claims,
         beats: Beats,
         *,
@@ -123,7 +135,7 @@ class Health:
         now: float | None = None,
     ) -> None:
         self._identity = identity
-        self._dispatcher = dispatcher
+        self._work = work
         self._claims = claims
         self._beats = beats
         self._concurrency = concurrency
@@ -140,12 +152,12 @@ class Health:
             self._claim_well = self._beat_well = self._crew_well = now
         self._looked = now
         claims, beats = self._claims, self._beats
-        if claims.draining or self._dispatcher.wanted() <= 0:
+        if claims.draining or self._work.wanted() <= 0:
             self._claim_well = now
         else:
             self._claim_well = _latest(self._claim_well, claims.last_claim, claims.last_failure)
         self._beat_well = _latest(self._beat_well, beats.last_beat, beats.last_failure)
-        if self._executors():
+        if self._work.ready_slots:
             self._crew_well = now
 
     def executor_gone(self, now: float) -> None:
@@ -173,7 +185,7 @@ class Health:
         waiting = [
             *(["it is draining"] if claims.draining else []),
             *_first_steps(beats.last_beat, claims.last_claim),
-            *(["no executor is up"] if not self._executors() else []),
+            *(["no executor is up"] if not self._work.ready_slots else []),
             *([f"the database is away for {now - away:.0f} s"] if away is not None else []),
         ]
         due = now - self._claim_well
@@ -188,9 +200,9 @@ class Health:
             last_claim_ago=_ago(now, claims.last_claim),
             claim_due_for=round(due, 1),
             last_beat_ago=_ago(now, beats.last_beat),
-            executors=self._executors(),
+            executors=self._work.ready_slots,
             concurrency=self._concurrency,
-            running=self._dispatcher.in_flight,
+            running=self._work.in_flight,
             draining=claims.draining,
             database="ok" if away is None else "away",
             database_away_for=_ago(now, away),
@@ -202,13 +214,10 @@ class Health:
         names = ("last_claim_ago", "claim_due_for", "executors", "draining")
         return {name: getattr(report, name) for name in names}
 
-    def _executors(self) -> int:
-        return sum(len(each.slots) for each in self._dispatcher.executors.values() if each.ready)
-
     def _away_since(self) -> float | None:
         """Since when the database fails us, as far as we need it."""
         claims = self._claims
-        needed = self._dispatcher.wanted() > 0 or claims.unacked > 0
+        needed = self._work.wanted() > 0 or claims.unacked > 0
         since = [claims.failing_since if needed else None, self._beats.failing_since]
         return min((each for each in since if each is not None), default=None)
 

@@ -138,6 +138,8 @@ class Plan:
             "most": [stretch.most for stretch in self.ranges],
             "batch": self.batch,
             "bare": False,
+            "tasks": None,
+            "but": False,
         }
 
 

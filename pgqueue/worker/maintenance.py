@@ -21,6 +21,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
+from typing import Protocol
 
 from pgqueue.config import Config
 from pgqueue.database.dsn import RETRY_MOST, retry_delay
@@ -29,10 +30,9 @@ from pgqueue.errors import DatabaseUnavailable
 from pgqueue.failpoints import failpoint
 from pgqueue.job import Progress
 from pgqueue.worker.claimer import RENEW
-from pgqueue.worker.dispatcher import Dispatcher
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Cursor
-from pgqueue.worker.wire import clock
+from pgqueue.worker.wire import TaskFacts, clock
 
 log = logging.getLogger("pgqueue.worker")
 
@@ -96,6 +96,19 @@ class _Timer:
         self.at = min(self.at, at)
 
 
+class Work(Protocol):
+    """What the worker has in hand."""
+
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def tasks(self) -> Mapping[str, TaskFacts]: ...
+    def running_for(self, seconds: float, now: float) -> list[str]: ...
+    def progress(self) -> dict[str, Progress]: ...
+    def drop_waiting(self, worker: str) -> None: ...
+    def counts(self) -> dict[str, int]: ...
+
+
 class Maintenance:
     """The maintenance loop of one supervisor, on a connection of its own.
 
@@ -113,7 +126,7 @@ class Maintenance:
         self,
         link: Link,
         identity: Identity,
-        dispatcher: Dispatcher,
+        work: Work,
         config: Config,
         *,
         registration: Callable[[str], Call],
@@ -128,7 +141,7 @@ class Maintenance:
     ) -> None:
         self._link = link
         self._identity = identity
-        self._dispatcher = dispatcher
+        self._work = work
         self._config = config
         self._registration = registration
         self._queues = queues
@@ -230,7 +243,7 @@ class Maintenance:
                 self._housekeeping.at,
                 self._share_at.at,
                 self._cancellations.at,
-                clock() + RUNNING_INTERVAL if self._dispatcher.in_flight else float("inf"),
+                clock() + RUNNING_INTERVAL if self._work.in_flight else float("inf"),
             )
             try:
                 async with asyncio.timeout(max(due - clock(), 0.001)):
@@ -245,7 +258,7 @@ class Maintenance:
             await self.beat(now)
         if now >= self._share_at.at:
             await self.wake_others()
-        if self._dispatcher.in_flight:
+        if self._work.in_flight:
             self._cancellations.pull(self._looked_at + CANCEL_INTERVAL)
         if now >= self._cancellations.at:
             await self.find_cancelled(now)
@@ -266,8 +279,8 @@ class Maintenance:
     async def beat(self, now: float) -> None:
         """Heartbeat, then fence the silent and rescue what they held."""
         failpoint("heartbeat_before")
-        self._last_running = self._dispatcher.running_for(RUNNING_AFTER, now)
-        self._last_progress = self._dispatcher.progress()
+        self._last_running = self._work.running_for(RUNNING_AFTER, now)
+        self._last_progress = self._work.progress()
         answers = await self._link.run([self._heartbeat_call()], [Call("list_heartbeats")])
         self._heartbeat.at = now + self._config.heartbeat
         self.last_beat = now
@@ -288,7 +301,7 @@ class Maintenance:
 
     async def rescue(self) -> int:
         """Take back every running job whose worker is fenced or missing; returns how many."""
-        tasks = self._dispatcher.tasks
+        tasks = self._work.tasks
         letters = {name: facts.dead_letter_queue for name, facts in tasks.items() if facts.dead_letter_queue}
         crashes = {name: facts.max_crashes for name, facts in tasks.items() if facts.max_crashes}
         once = [name for name, facts in tasks.items() if facts.runs_once]
@@ -399,18 +412,14 @@ class Maintenance:
         """
         if now < self._heartbeat.at - self._config.heartbeat + RUNNING_INTERVAL:
             return False
-        running = self._dispatcher.running_for(RUNNING_AFTER, now)
-        return running != self._last_running or self._dispatcher.progress() != self._last_progress
+        running = self._work.running_for(RUNNING_AFTER, now)
+        return running != self._last_running or self._work.progress() != self._last_progress
 
     def _heartbeat_call(self) -> Call:
-        dispatcher = self._dispatcher
         progress = {id: [each.done, each.total, each.note] for id, each in self._last_progress.items()}
         stats = {
             **({"progress": progress} if progress else {}),
-            "succeeded": dispatcher.succeeded,
-            "failed": dispatcher.failed,
-            "crashed": dispatcher.crashed,
-            "stale_acks": dispatcher.stale,
+            **self._work.counts(),
             **self._health(),
         }
         return Call(
@@ -426,7 +435,7 @@ class Maintenance:
         """This worker was fenced: its old claims are others' now, its next ones need a fresh name."""
         old = self._identity.id
         new = self._identity.renew()
-        self._dispatcher.drop_waiting(old)
+        self._work.drop_waiting(old)
         log.warning("worker_was_fenced id=%s new=%s", old, new)
         now = clock()
         await self._link.run([self._registration(new)])

@@ -21,13 +21,11 @@ from typing import Any, Protocol
 
 import msgspec
 
-from pgqueue.config import Config
 from pgqueue.errors import AppNotLoaded, ConfigError, PgQueueError
 from pgqueue.hooks import HookName
 from pgqueue.worker.dispatcher import Executor, Slot
 from pgqueue.worker.interrupts import CANCEL_SIGNAL
 from pgqueue.worker.wire import (
-    EXECUTOR,
     FORK,
     HOOK,
     MAX_FRAME,
@@ -111,7 +109,6 @@ class Prefork:
         self._server: subprocess.Popen[bytes] | None = None
         self._watch: int | None = None
         self._loaded: asyncio.Future[Loaded] | None = None
-        self._slots = 1
         self._hooks: frozenset[str] = frozenset()
         self._running_hooks: dict[int, _RunningHook] = {}
         self.proven_until = 0.0
@@ -140,7 +137,6 @@ class Prefork:
                 self._watch = os.pidfd_open(self._server.pid)
                 self._loop.add_reader(self._watch, self._server_ended, ours)
         loaded = await self._loaded
-        self._slots = Config(**loaded.config).slots
         self._hooks = frozenset(loaded.hooks)
         return loaded
 
@@ -149,17 +145,18 @@ class Prefork:
         """The fork server's process, from its start until it has been waited for."""
         return self._server.pid if self._server is not None else None
 
-    def fork(self) -> None:
+    def fork(self, pool: str, slots: int) -> None:
         """Ask for one more executor; it reports itself ready."""
         if self._control is None:
             return
         ours, theirs = socket.socketpair()
-        descriptor = Board.create(self._slots)
+        descriptor = Board.create(slots)
         self._next_index += 1
         index = self._next_index
         try:
-            boards = Board.map(descriptor, self._slots)
-            socket.send_fds(self._control, [FORK.pack(index, EXECUTOR)], [theirs.fileno(), descriptor])
+            boards = Board.map(descriptor, slots)
+            request = FORK.pack(index, pool.encode(), slots)
+            socket.send_fds(self._control, [request], [theirs.fileno(), descriptor])
         except OSError:
             ours.close()  # the fork server is gone: its end of file is on the way
             return
@@ -167,7 +164,7 @@ class Prefork:
             theirs.close()
             os.close(descriptor)
         ours.setblocking(False)
-        executor = Executor(index)
+        executor = Executor(index, pool)
         for number, board in enumerate(boards):
             board.proven_until = self.proven_until
             executor.slots.append(Slot(executor, number, board))
@@ -185,7 +182,7 @@ class Prefork:
         with ours, theirs:
             ours.sendall(frame(RunHook(name, worker)))
             try:
-                socket.send_fds(self._control, [FORK.pack(index, HOOK)], [theirs.fileno()])
+                socket.send_fds(self._control, [FORK.pack(index, HOOK.encode(), 0)], [theirs.fileno()])
             except OSError:
                 return
             hook = self._running_hooks[index] = _RunningHook(self._loop.create_future())
@@ -200,10 +197,9 @@ class Prefork:
             finally:
                 self._running_hooks.pop(index, None)
 
-    @property
-    def count(self) -> int:
-        """Executors asked for and not gone."""
-        return len(self._lines)
+    def count(self, pool: str) -> int:
+        """Executors of this pool asked for and not gone."""
+        return sum(line.executor.pool == pool for line in self._lines.values())
 
     def send(self, slot: Slot, jobs: list[Job]) -> None:
         """Send jobs to a slot; what does not fit into the socket follows when it can."""

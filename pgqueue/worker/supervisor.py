@@ -30,13 +30,14 @@ from pgqueue.database.listener import Listener
 from pgqueue.database.migrate import require_revision
 from pgqueue.database.store import QUERY_CANCELED, Call, GroupFailed, Link, Row
 from pgqueue.errors import ConfigError, DatabaseUnavailable, PgQueueError, SchemaMismatch
-from pgqueue.worker.claimer import Claimer
+from pgqueue.worker.claimer import Claimer, TaskFilter
 from pgqueue.worker.crew import RESTART_FIRST, Crew
 from pgqueue.worker.dispatcher import STALL, Dispatcher, Executor, Slot
 from pgqueue.worker.health import Health, HealthService
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes
 from pgqueue.worker.maintenance import Maintenance
+from pgqueue.worker.pools import Pool, Pools, filters
 from pgqueue.worker.prefork import Prefork
 from pgqueue.worker.wire import Ended, FromExecutor, Loaded, Ready, Skipped, Tired, clock
 
@@ -99,16 +100,8 @@ class Supervisor:
         self._everything = not queues
         self._behind = list(queues[1:]) if weights is None else []
         self._random = random or Random()
-        self._lanes = Lanes(queues, weights if queues else {}, self._random)
+        self._queues, self._weights = queues, weights
         self._identity = Identity()
-        self._dispatcher = Dispatcher(
-            max_crashes=config.max_crashes,
-            max_tasks=config.max_tasks_per_child,
-            limited=config.limited,
-            random=self._random,
-        )
-        most, least = config.executors
-        self._crew = Crew(processes, self._dispatcher, most=most, least=least, slots=config.slots)
         self._dsn = dsn
         self._claim_link = Link(dsn, schema=config.schema, name="claim")
         self._maintenance_link = Link(dsn, schema=config.schema, name="maintenance", statement_timeout=30)
@@ -121,44 +114,59 @@ class Supervisor:
         self._told_ready = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
+        self._pools = Pools(
+            [self._pool(name, tasks) for name, tasks in filters(config.pool, loaded.tasks).items()]
+        )
+        self._pools.tasks = loaded.tasks
         self._maintenance = Maintenance(
             self._maintenance_link,
             self._identity,
-            self._dispatcher,
+            self._pools,
             config,
             registration=self._registration,
-            queues=lambda: self._lanes.queues,
-            discover=(lambda queue: self._claimer.serve(queue)) if self._everything else None,
-            asleep=lambda: self._claimer.asleep,
-            wake=lambda: self._claimer.wake(),
+            queues=lambda: self._pools.own.lanes.queues,
+            discover=self._serve if self._everything else None,
+            asleep=lambda: self._pools.asleep,
+            wake=self._pools.wake,
             health=lambda: self._health.published(),
             proven=processes.prove,
             cancel=self._cancel,
             random=self._random,
         )
-        self._claimer = Claimer(
-            self._claim_link,
-            self._lanes,
-            self._dispatcher,
-            self._identity,
-            dispatch=self._send_out,
-            next_eta=self._maintenance.next_eta,
-            share=self._maintenance.share,
-            retried=self._maintenance.look_for_due_jobs,
-            poll_interval=config.poll_every(hears=False),
-            random=self._random,
-        )
         self._health = Health(
             self._identity,
-            self._dispatcher,
-            self._claimer,
+            self._pools,
+            self._pools,
             self._maintenance,
-            concurrency=config.most_jobs,
+            concurrency=self._pools.concurrency,
             lease=config.lease,
         )
         self._health_service = HealthService(self._health.report)
-        self._dispatcher.tasks = loaded.tasks
         processes.owner = self
+
+    def _pool(self, name: str, tasks: TaskFilter) -> Pool:
+        config, size = self._config, self._config.size(name)
+        lanes = Lanes(self._queues, self._weights if self._queues else {}, self._random)
+        dispatcher = Dispatcher(
+            max_crashes=config.max_crashes,
+            max_tasks=config.max_tasks_per_child,
+            limited=config.limited,
+            random=self._random,
+        )
+        claimer = Claimer(
+            self._claim_link,
+            lanes,
+            dispatcher,
+            self._identity,
+            dispatch=self._send_out,
+            next_eta=lambda: self._maintenance.next_eta(),
+            share=lambda queues: self._maintenance.share(queues),
+            retried=lambda seconds: self._maintenance.look_for_due_jobs(seconds),
+            poll_interval=config.poll_every(hears=False),
+            random=self._random,
+            share_of=tasks,
+        )
+        return Pool(name, size, dispatcher, Crew(self._processes, dispatcher, name, size), lanes, claimer)
 
     async def run(self) -> bool:
         """Serve until `stop` is called; returns whether every running job could finish and was acked.
@@ -173,20 +181,19 @@ class Supervisor:
                 await self._health_service.start(self._config.health_host, self._config.health_port)
             if not await self._register():
                 return True
-            self._crew.fill()
-            config = self._config
+            for pool in self._pools:
+                pool.crew.fill()
+            config, queues = self._config, self._pools.own.lanes.queues
             log.info(
                 "worker_started id=%s queues=%s pool=%s concurrency=%d tasks=%d",
                 self._identity.id,
-                ",".join(self._lanes.queues) or "(all)",
-                config.pool,
-                config.most_jobs,
-                len(self._dispatcher.tasks),
+                ",".join(queues) or "(all)",
+                self._pools.name,
+                self._pools.concurrency,
+                len(self._pools.tasks),
             )
             if self._behind:
-                log.info(
-                    "queues_may_starve queues=%s behind=%s", ",".join(self._behind), self._lanes.queues[0]
-                )
+                log.info("queues_may_starve queues=%s behind=%s", ",".join(self._behind), queues[0])
             listener = Listener(
                 config.listen_dsn or self._dsn,
                 config.schema,
@@ -197,7 +204,7 @@ class Supervisor:
                 on_deaf=lambda: self._hear(False),
                 random=self._random,
             )
-            claiming = self._spawn(self._claimer.run())
+            claiming = [self._spawn(pool.claimer.run()) for pool in self._pools]
             loops = [
                 self._spawn(self._maintenance.run()),
                 *([self._spawn(listener.run())] if config.listen else []),
@@ -208,12 +215,14 @@ class Supervisor:
             told = self._spawn(self._tell_stopping())
             if self._failure is None:
                 await self._drain(deadline)
-            self._claimer.finish()
+            for pool in self._pools:
+                pool.claimer.finish()
             for each in loops:
                 each.cancel()
-            await asyncio.wait([*loops, claiming], timeout=1)
-            claiming.cancel()  # a database that is away keeps it busy
-            await asyncio.gather(*loops, claiming, return_exceptions=True)
+            await asyncio.wait([*loops, *claiming], timeout=1)
+            for each in claiming:
+                each.cancel()  # a database that is away keeps it busy
+            await asyncio.gather(*loops, *claiming, return_exceptions=True)
             if self._failure is not None:
                 raise self._failure
             await self._leave(deadline)
@@ -263,9 +272,9 @@ class Supervisor:
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 # None: every queue there is, also one that will be.
-                "queues": [] if self._everything else self._lanes.queues,
-                "pool": self._config.pool,
-                "concurrency": self._config.most_jobs,
+                "queues": [] if self._everything else self._pools.own.lanes.queues,
+                "pool": self._pools.name,
+                "concurrency": self._pools.concurrency,
                 "version": self._version,
             },
         )
@@ -305,37 +314,46 @@ class Supervisor:
 
     def _hear(self, hears: bool) -> None:
         """Notifications reach this worker from now on, or do not."""
-        self._claimer.hear(hears, self._config.poll_every(hears=hears))
+        for pool in self._pools:
+            pool.claimer.hear(hears, self._config.poll_every(hears=hears))
+
+    def _serve(self, queue: str) -> None:
+        """There is one more queue."""
+        for pool in self._pools:
+            pool.claimer.serve(queue)
 
     def _on_notify(self, _queue: str) -> None:
-        self._claimer.wake()
+        self._pools.wake()
         self._maintenance.look_for_due_jobs()
 
     def _cancel(self, ids: list[str]) -> None:
         """Somebody wants these jobs cancelled; what does not end by itself is killed by `_tick`."""
-        for executor in self._dispatcher.cancel(set(ids), clock()):
-            log.info("job_cancelling pid=%d", executor.pid)
-            self._processes.tell_cancelled(executor)
-        self._claimer.poke()
+        for pool in self._pools:
+            for executor in pool.dispatcher.cancel(set(ids), clock()):
+                log.info("job_cancelling pid=%d", executor.pid)
+                self._processes.tell_cancelled(executor)
+        self._pools.poke()
 
     def _send_out(self) -> None:
-        self._crew.renew()
-        if self._draining:
-            return
-        for slot, jobs in self._dispatcher.assign(clock()):
-            if jobs[0].args:
-                self._processes.send(slot, jobs)
-            else:
-                self._spawn(self._send_large(slot, jobs[0].number))
+        for pool in self._pools:
+            pool.crew.renew()
+            if self._draining:
+                continue
+            for slot, jobs in pool.dispatcher.assign(clock()):
+                if jobs[0].args:
+                    self._processes.send(slot, jobs)
+                else:
+                    self._spawn(self._send_large(slot, jobs[0].number))
 
     async def _send_large(self, slot: Slot, number: int) -> None:
         """Load the arguments of a job that were too large to travel with the claim, and send it."""
         job = slot.in_flight.get(number)
         if job is None:
             return
+        pool = self._pools.of(slot.executor)
         rows: list[Row] | None = None
         timeouts = 0
-        while rows is None and self._dispatcher.has(slot, number):
+        while rows is None and pool.dispatcher.has(slot, number):
             try:
                 rows = await self._maintenance_link.call(
                     "load_payload", id=job.id, attempt=job.attempt, worker=job.worker
@@ -344,26 +362,27 @@ class Supervisor:
                 log.warning("payload_not_loaded job=%s error=%s", job.id, error)
                 timeouts += isinstance(error, GroupFailed) and error.sqlstate == QUERY_CANCELED
                 if timeouts == PAYLOAD_TIMEOUTS or (isinstance(error, GroupFailed) and error.blames_the_row):
-                    self._dispatcher.unreadable(slot, number, str(error))
+                    pool.dispatcher.unreadable(slot, number, str(error))
                     self._send_out()
-                    self._claimer.poke()
+                    pool.claimer.poke()
                     return
                 await asyncio.sleep(0.5)
-        if rows is None or not self._dispatcher.has(slot, number):
+        if rows is None or not pool.dispatcher.has(slot, number):
             return
         if not rows:
             log.warning("payload_gone job=%s attempt=%d", job.id, job.attempt)
             del slot.in_flight[number]
-            self._claimer.poke()
+            pool.claimer.poke()
             return
-        message = self._dispatcher.message(number, job)
+        message = pool.dispatcher.message(number, job)
         message.args, message.kwargs, message.headers = rows[0]
         job.headers = message.headers
         self._processes.send(slot, [message])
 
     def on_message(self, executor: Executor, messages: list[FromExecutor]) -> None:
         """An executor reports what became of its jobs."""
-        dispatcher = self._dispatcher
+        pool = self._pools.of(executor)
+        dispatcher = pool.dispatcher
         for message in messages:
             if isinstance(message, Ended):
                 stale = dispatcher.finished(executor.slots[message.slot], message)
@@ -379,7 +398,7 @@ class Supervisor:
             elif isinstance(message, Ready):
                 executor.pid = message.pid
                 executor.ready = True
-                self._crew.ready(executor)
+                pool.crew.ready(executor)
                 if not self._told_ready:
                     self._told_ready = True
                     self._spawn(self._processes.run_hook("worker_ready", self._identity.id))
@@ -387,7 +406,7 @@ class Supervisor:
                 log.info("executor_full pid=%d memory_kib=%d", executor.pid, message.memory)
                 dispatcher.retire(executor)
         self._send_out()
-        self._claimer.poke()
+        pool.claimer.poke()
 
     def on_exit(self, executor: Executor, how: str, *, unproven: bool) -> None:
         """An executor is gone: end its running jobs, put another in its place."""
@@ -396,7 +415,8 @@ class Supervisor:
         backends = [slot.board.backend for slot in executor.slots if slot.board.backend]
         if backends:
             self._spawn(self._end_transactions(backends))
-        crashed = self._dispatcher.gone(executor, how, by_us=ours)
+        pool = self._pools.of(executor)
+        crashed = pool.dispatcher.gone(executor, how, by_us=ours)
         for slot, job in crashed:
             if unproven:
                 log.error("exclusive_job_killed job=%s pid=%d", job.id, executor.pid)
@@ -408,15 +428,15 @@ class Supervisor:
                     job.id,
                     job.task,
                     job.attempt,
-                    self._dispatcher.time_limit(job) or 0.0,
+                    pool.dispatcher.time_limit(job) or 0.0,
                 )
             elif not ours and executor.ends_at is None:
                 log.error("job_crashed job=%s task=%s attempt=%d how=%s", job.id, job.task, job.attempt, how)
         if not crashed and not self._draining and not executor.retiring and executor.ends_at is None:
             log.error("executor_died how=%s", how)
-        self._crew.gone(executor)
+        pool.crew.gone(executor)
         self._send_out()
-        self._claimer.poke()
+        pool.claimer.poke()
 
     async def _end_transactions(self, backends: list[int]) -> None:
         """What a killed executor had begun need not wait for the server to notice."""
@@ -430,52 +450,56 @@ class Supervisor:
             self._spawn(self._restart_fork_server())
 
     async def _restart_fork_server(self) -> None:
-        self._dispatcher.tasks = (await self._processes.start()).tasks
-        self._crew.fill()
+        self._pools.tasks = (await self._processes.start()).tasks
+        for pool in self._pools:
+            pool.crew.fill()
 
     async def _tick(self) -> None:
         """Look after what no event announces: stalled chunks, and jobs stranded here without a slot."""
-        dispatcher = self._dispatcher
         while True:
-            await asyncio.sleep(
-                STALL if dispatcher.in_flight > dispatcher.most or dispatcher.waiting else 0.2
-            )
+            crowded = any(pool.dispatcher.is_crowded for pool in self._pools)
+            await asyncio.sleep(STALL if crowded else 0.2)
             now = clock()
             self._health.watch(now)
-            dispatcher.take_back_stalled(now)
-            for executor in dispatcher.kill_overdue(now):
-                self._processes.kill(executor)
+            for pool in self._pools:
+                pool.dispatcher.take_back_stalled(now)
+                for executor in pool.dispatcher.kill_overdue(now):
+                    self._processes.kill(executor)
             self._send_out()
-            self._crew.scale(now)
-            if dispatcher.release_stranded(now):
-                self._claimer.poke()
+            for pool in self._pools:
+                pool.crew.scale(now)
+                if pool.dispatcher.release_stranded(now):
+                    pool.claimer.poke()
 
     async def _drain(self, deadline: float) -> None:
         """Finish or give back everything in hand."""
-        dispatcher = self._dispatcher
+        pools = self._pools
         self._draining = True
-        self._claimer.draining = True
-        self._crew.dismiss()
-        log.info("worker_stopping running=%d", dispatcher.in_flight)
-        dispatcher.take_back_all()
+        for pool in pools:
+            pool.claimer.draining = True
+            pool.crew.dismiss()
+        log.info("worker_stopping running=%d", pools.in_flight)
+        for pool in pools:
+            pool.dispatcher.take_back_all()
         killed_at = float("inf")
         while True:
-            dispatcher.release_waiting()
-            self._claimer.poke()
-            if not dispatcher.in_flight:
+            for pool in pools:
+                pool.dispatcher.release_waiting()
+            pools.poke()
+            if not pools.in_flight:
                 break
             now = clock()
             if now >= deadline or self._at_once:
                 self._killed = True
                 self._complete = False
                 killed_at = min(killed_at, now)
-                for executor in list(dispatcher.executors.values()):
+                for executor in pools.executors:
                     if executor.busy:
                         self._processes.kill(executor)
                         if now - killed_at >= KILL_PATIENCE:
-                            dispatcher.gone(executor, "was killed", by_us=True)
+                            pools.of(executor).dispatcher.gone(executor, "was killed", by_us=True)
             await asyncio.sleep(0.01)
-        for executor in list(dispatcher.executors.values()):
+        for executor in pools.executors:
             self._processes.retire(executor)
 
     async def _sign_off(self) -> None:
@@ -493,21 +517,22 @@ class Supervisor:
         try:
             patience = 0.0 if self._at_once else deadline - clock()
             async with asyncio.timeout(max(LEAVE_PATIENCE, patience)) as self._leaving:
-                self._dispatcher.release_waiting()
-                await self._claimer.flush()
+                for pool in self._pools:
+                    pool.dispatcher.release_waiting()
+                    await pool.claimer.flush()
                 await self._sign_off()
         except (PgQueueError, TimeoutError) as error:
             self._complete = False
-            log.warning("worker_left_jobs unacked=%d error=%s", self._claimer.unacked, error)
+            log.warning("worker_left_jobs unacked=%d error=%s", self._pools.unacked, error)
         finally:
             self._leaving = None
-        stats = self._dispatcher
+        counts = self._pools.counts()
         log.info(
             "worker_stopped succeeded=%d failed=%d crashed=%d stale_acks=%d",
-            stats.succeeded,
-            stats.failed,
-            stats.crashed,
-            stats.stale,
+            counts["succeeded"],
+            counts["failed"],
+            counts["crashed"],
+            counts["stale_acks"],
         )
 
 

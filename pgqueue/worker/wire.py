@@ -179,6 +179,7 @@ class TaskFacts(msgspec.Struct, array_like=True):
         runs_once: A run that may have begun is not repeated when its process or its worker is lost.
         history: What succeeds is kept.
         time_limit: Seconds after which a run is killed; None or 0 for never.
+        pool: What it asks to run in; None for the worker's own.
         time_limit_policy: The numbers of the `RetryPolicy` for what was killed so; None: it is dead.
     """
 
@@ -188,6 +189,7 @@ class TaskFacts(msgspec.Struct, array_like=True):
     history: bool = True
     time_limit: float | None = None
     time_limit_policy: dict[str, Any] | None = None
+    pool: str | None = None
 
 
 class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
@@ -235,10 +237,10 @@ Ended = Succeeded | Failed | Snoozed | Cancelled | Released | Stale
 FromExecutor = Ready | Ended | Tired | Skipped
 FromForkServer = Loaded | LoadFailed | Forked | Exited
 
-FORK = struct.Struct("=IB")
-"""Supervisor to fork server, with the child's descriptors: its index, and what it is to be."""
-EXECUTOR, HOOK = 0, 1
-"""With a channel and a board, or with a channel."""
+FORK = struct.Struct("=I8sH")
+"""Supervisor to fork server, with the child's channel and, for an executor, its board: its index, its pool or
+`HOOK`, and its slots."""
+HOOK = "hook"
 
 _encoder = msgspec.msgpack.Encoder()
 _decode_jobs = msgspec.msgpack.Decoder(Jobs).decode

@@ -102,6 +102,8 @@ def claim_call(worker: str = ME, batch: int = 100) -> Call:
         "upto": [END],
         "most": [batch],
         "bare": False,
+        "tasks": None,
+        "but": False,
     }
     return Call("claim_jobs", {**lane, "batch": batch, "worker": worker})
 

@@ -103,6 +103,8 @@ async def serve(link: Link, worker: str, runs: list[tuple[str, int]]) -> None:
         "upto": [END],
         "most": [20],
         "bare": False,
+        "tasks": None,
+        "but": False,
     }
     claim = Call("claim_jobs", {**lane, "batch": 20, "worker": worker})
     keep = [

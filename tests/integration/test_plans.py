@@ -61,6 +61,8 @@ HOT = {
             "upto": [END for _ in LANES],
             "most": [100 for _ in LANES],
             "bare": False,
+            "tasks": None,
+            "but": False,
             "batch": 100,
             "worker": ME,
         },
@@ -407,6 +409,8 @@ def one_lane(cursor: int) -> dict[str, Any]:
         "upto": [END],
         "most": [500],
         "bare": False,
+        "tasks": None,
+        "but": False,
     }
     return {**lanes, "batch": 500, "worker": ME}
 

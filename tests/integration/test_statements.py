@@ -115,7 +115,12 @@ def everything(connection: Connection) -> dict[str, list[str]]:
 
 
 def claim(
-    connection: Connection, worker: str = ME, batch: int = 100, queues: Sequence[str] = ("default",)
+    connection: Connection,
+    worker: str = ME,
+    batch: int = 100,
+    queues: Sequence[str] = ("default",),
+    tasks: list[str] | None = None,
+    but: bool = False,
 ) -> Any:
     lanes = [(queue, priority) for queue in queues for priority in range(9, -1, -1)]
     rows = do(
@@ -127,6 +132,8 @@ def claim(
         upto=[END] * len(lanes),
         most=[batch] * len(lanes),
         bare=False,
+        tasks=tasks,
+        but=but,
         batch=batch,
         worker=worker,
     )
@@ -371,6 +378,8 @@ def test_a_claim_takes_its_lanes_in_turn_up_to_the_batch_and_locks_nothing_else(
                 upto=[END, END],
                 most=[10, 10],
                 bare=False,
+                tasks=None,
+                but=False,
                 batch=4,
                 worker=ME,
             ),
@@ -395,6 +404,8 @@ def test_a_claim_stays_within_the_range_of_each_lane(connection: Connection) -> 
         upto=[positions[2], END],
         most=[10, 1],
         bare=False,
+        tasks=None,
+        but=False,
         batch=10,
         worker=ME,
     )
@@ -1277,6 +1288,27 @@ def test_notify_workers_tells_everybody(
     do(connection, "disarm_wake", queues=["b"])
     do(connection, "notify_workers", queues=["b", "c"])
     assert sorted(heard(connection)) == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "but", "found"),
+    [
+        (None, False, "abc"),
+        (["a", "x"], False, "a"),
+        (["a", "b"], True, "c"),
+        ([], True, "abc"),
+        ([], False, ""),
+    ],
+)
+def test_a_claim_of_some_tasks_passes_over_the_others(
+    connection: Connection, tasks: list[str] | None, but: bool, found: str
+) -> None:
+    for task in "abc":
+        add(connection, task=task)
+    register(connection, ME)
+    claim(connection, tasks=tasks, but=but)
+    rows = connection.execute("select task, state from pgqueue.jobs order by task").fetchall()
+    assert rows == [(task, "running" if task in found else "ready") for task in "abc"]
 
 
 def test_end_transactions_spares_what_is_not_one(connection: Connection, second: Connection) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pgqueue.config import Config
+from pgqueue.config import Config, PoolSize
 from pgqueue.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert (config.poll_every(hears=True), config.poll_every(hears=False)) == (5, 0.5)
     assert (config.listen, config.listen_dsn) == (True, None)
     assert (config.max_crashes, config.log_level) == (3, "INFO")
-    assert config.executors == (len(os.sched_getaffinity(0)),) * 2
+    assert config.size().most == config.size().least == len(os.sched_getaffinity(0))
     assert (config.health_port, config.health_host) == (None, "127.0.0.1")
     retentions = (config.retention_finished, config.retention_failures)
     assert (*retentions, config.retention_dead_letters, config.retention_audit) == (7, 30, 90, 365)
@@ -53,6 +53,7 @@ def test_every_field_has_a_variable() -> None:
         "concurrency": "3",
         "processes": "1",
         "autoscale": "8, 2",
+        "task_pools": "threads:20, asyncio:200",
         "max_tasks_per_child": "100",
         "max_memory_per_child": "200000",
         "soft_time_limit": "50",
@@ -84,6 +85,7 @@ def test_every_field_has_a_variable() -> None:
         "concurrency": 3,
         "processes": 1,
         "autoscale": (8, 2),
+        "task_pools": "threads:20,asyncio:200",
         "max_tasks_per_child": 100,
         "max_memory_per_child": 200000,
         "soft_time_limit": 50.0,
@@ -114,8 +116,8 @@ def test_every_field_has_a_variable() -> None:
 )
 def test_a_pool_has_executors_and_slots(settings: dict[str, Any], executors: int, slots: int) -> None:
     config = Config(**settings)
-    assert (config.executors, config.slots) == ((executors, executors), slots)
-    assert config.most_jobs == executors * slots
+    assert config.size() == PoolSize(executors, executors, slots)
+    assert config.size().jobs == executors * slots
 
 
 @pytest.mark.parametrize(
@@ -277,3 +279,20 @@ def test_a_dsn_without_a_password_is_shown_as_it_is() -> None:
     assert "dsn=None" in repr(Config())
     assert Config(dsn="postgresql://bob:x@host/db").masked_dsn == "postgresql://bob:***@host/db"
     assert Config(dsn="host=h password=x dbname=db").masked_dsn == "host=h password=*** dbname=db"
+
+
+def test_pools_that_tasks_ask_for_have_sizes_of_their_own() -> None:
+    config = Config(concurrency=3, task_pools="threads:20,prefork:2")
+    assert config.size("prefork") == PoolSize(3, 3, 1), "the worker's own is -c"
+    assert config.size("threads") == PoolSize(1, 1, 20)
+    assert config.size("asyncio") == PoolSize(1, 1, 100)
+    beside = Config(pool="asyncio", concurrency=200, processes=2, task_pools="prefork:2")
+    assert (beside.size(), beside.size("prefork")) == (PoolSize(2, 2, 200), PoolSize(2, 2, 1))
+
+
+@pytest.mark.parametrize(
+    "sizes", ["", "threads", "threads:0", "threads:x", "solo:1", "threads:1,threads:2", "threads:1,", 5]
+)
+def test_sizes_that_are_none(sizes: object) -> None:
+    with pytest.raises(ConfigError, match="task_pools must be pools with their jobs at a time, as in"):
+        Config(task_pools=sizes)  # type: ignore[arg-type]

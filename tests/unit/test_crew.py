@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from pgqueue.config import PoolSize
 from pgqueue.worker.crew import RESTART_FIRST, SHRINK_AFTER, Crew
 from pgqueue.worker.dispatcher import Dispatcher, Executor, Slot
 from pgqueue.worker.wire import Board, Succeeded
@@ -25,11 +26,10 @@ class Processes:
         self._boards = boards
         self._index = itertools.count(1)
 
-    @property
-    def count(self) -> int:
+    def count(self, pool: str) -> int:
         return len(self.executors)
 
-    def fork(self) -> None:
+    def fork(self, pool: str, slots: int) -> None:
         descriptor = Board.create()
         self._boards += Board.map(descriptor)
         os.close(descriptor)
@@ -46,12 +46,13 @@ class Scene:
     def __init__(self, boards: list[Board], most: int, least: int, max_tasks: int | None) -> None:
         self.dispatcher = Dispatcher(max_crashes=3, max_tasks=max_tasks)
         self.processes = Processes(boards)
-        self.crew = self.processes.crew = Crew(self.processes, self.dispatcher, most=most, least=least)
+        size = PoolSize(most, least, 1)
+        self.crew = self.processes.crew = Crew(self.processes, self.dispatcher, "prefork", size)
         self.crew.fill()
 
     @property
     def up(self) -> int:
-        return self.processes.count
+        return self.processes.count("prefork")
 
     def leaves(self, executor: Executor) -> bool:
         self.processes.executors.remove(executor)

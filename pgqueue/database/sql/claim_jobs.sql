@@ -2,6 +2,8 @@
 -- Locks: exactly the rows it returns, in lane order; rows that others hold are skipped, so claims never wait.
 -- Index: jobs_ready per lane, jobs_pkey for the update. `= ANY (ARRAY(…))` instead of a join: on a bloated table with few
 -- live rows the planner turns a join into a full scan. No ORDER BY outside: it would lock one row more than it returns.
+-- tasks: NULL for all, else only these, or with `but` all except these: passed over, not locked, and walked over again by
+-- the next claim from the same cursor.
 -- A job that is unique until its start gives its key up.
 -- A fenced or missing worker gets nothing. `least`: one row that was written with an absurd attempt must not fail the
 -- claim of its whole lane. Args are printed up to 8 kB a value, so 500 jobs stay under 8 MiB; NULL means
@@ -21,6 +23,7 @@ WITH taken AS (
                  SELECT id FROM {schema}.jobs
                  WHERE state = 'ready' AND queue = lane.queue AND priority = lane.priority
                    AND position > lane.after AND position <= lane.upto
+                   AND (%(tasks)s::text[] IS NULL OR (task = ANY (%(tasks)s::text[])) <> %(but)s::boolean)
                  ORDER BY position LIMIT lane.most FOR UPDATE SKIP LOCKED
              ) AS found
         WHERE (SELECT NOT fenced FROM {schema}.workers WHERE id = %(worker)s::text)
