@@ -117,6 +117,24 @@ class TestEffects:
         shared.jobs.finished(job)
         assert effects(shared.jobs, job) == [(1, "first"), (1, "left")]
 
+    @pytest.mark.parametrize("factory", ["plain", "async", "none"])
+    def test_of_a_session_from_a_factory_of_one_kind(
+        self, jobs: Jobs, workers: Workers, factory: str
+    ) -> None:
+        workers.start("-c", "1", app=APP, env={"FACTORY": factory})
+        makes = {"plain": "write_by_session", "async": "awrite_by_session"}
+        ids = {kind: add(jobs, task) for kind, task in makes.items()}
+        connections = [add(jobs, task) for task in ("write", "awrite")]
+        assert jobs.ends(connections) == Counter(succeeded=2), "who needs no session needs no factory"
+        for kind, job in ids.items():
+            if kind == factory:
+                jobs.finished(job)
+                assert len(effects(jobs, job)) > 1
+            else:
+                assert "self.session" in jobs.dead(job)["error_message"]
+                assert "sessionmaker()" in jobs.dead(job)["error_message"]
+                assert effects(jobs, job) == []
+
     def test_a_session_can_be_had_again_and_again(self, shared: Shared) -> None:
         ids = [add(shared.jobs, task) for task in ("write_by_session", "awrite_by_session") for _ in range(5)]
         assert shared.jobs.ends(ids) == Counter(succeeded=10)

@@ -80,7 +80,7 @@ def eagerly() -> None:
         assert_type(plain.delay(1).get(), str)
 
 
-@app.task
+@app.task(pool="asyncio")
 async def coroutine(number: int) -> list[int]:
     await asyncio.sleep(0)
     return [number]

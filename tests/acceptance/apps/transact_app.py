@@ -10,8 +10,8 @@ from typing import Any
 
 import psycopg
 from sqlalchemy import Uuid
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from tests_app import note
 
 from pgqueue import PgQueue, Reject, TaskContext
@@ -24,7 +24,8 @@ def make_session(bind: Any, **options: Any) -> Any:
     return (AsyncSession if isinstance(bind, AsyncConnection) else Session)(bind, **options)
 
 
-app = PgQueue("transact", session_factory=make_session)
+FACTORIES = {"by kind": make_session, "plain": sessionmaker(), "async": async_sessionmaker(), "none": None}
+app = PgQueue("transact", session_factory=FACTORIES[os.environ.get("FACTORY", "by kind")])
 
 
 def effect(self: TaskContext, note: str = "") -> tuple[str, int, str]:
