@@ -21,7 +21,7 @@ SHRINK_AFTER = 30.0
 """Seconds in which executors have not been needed before they leave, where their number follows the work."""
 
 
-class Processes(Protocol):
+class SupportsFork(Protocol):
     """What is asked of the processes."""
 
     def count(self, pool: str) -> int:
@@ -41,7 +41,7 @@ class Crew:
         size: Between its least and its most their number follows the work.
     """
 
-    def __init__(self, processes: Processes, dispatcher: Dispatcher, pool: str, size: PoolSize) -> None:
+    def __init__(self, processes: SupportsFork, dispatcher: Dispatcher, pool: str, size: PoolSize) -> None:
         self._processes = processes
         self._dispatcher = dispatcher
         self._pool = pool

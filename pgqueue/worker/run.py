@@ -15,7 +15,7 @@ from typing import Any
 
 from pgqueue.config import Config
 from pgqueue.errors import AppNotLoaded
-from pgqueue.worker.prefork import Prefork
+from pgqueue.worker.processes import Processes
 from pgqueue.worker.signals import STOP_SIGNALS, stop_signals
 from pgqueue.worker.supervisor import Supervisor, unless_set
 from pgqueue.worker.wire import clock
@@ -63,7 +63,7 @@ async def _serve(
 ) -> bool:
     requests = StopRequests()
     requests.listen()
-    processes = Prefork(target, overrides)
+    processes = Processes(target, overrides)
     if os.getpid() == 1:
         Reaper(lambda: processes.server_pid).start()
     try:

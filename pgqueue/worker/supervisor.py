@@ -38,7 +38,7 @@ from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes
 from pgqueue.worker.maintenance import Maintenance
 from pgqueue.worker.pools import Pool, Pools, filters
-from pgqueue.worker.prefork import Prefork
+from pgqueue.worker.processes import Processes
 from pgqueue.worker.wire import Ended, FromExecutor, Loaded, Ready, Skipped, Tired, clock
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class Supervisor:
 
     def __init__(
         self,
-        processes: Prefork,
+        processes: Processes,
         loaded: Loaded,
         config: Config,
         *,

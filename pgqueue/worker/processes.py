@@ -89,7 +89,7 @@ class Owner(Protocol):
         """The fork server is gone, and its children with it."""
 
 
-class Prefork:
+class Processes:
     """Starts, feeds, kills and counts the executors of one worker.
 
     Args:
