@@ -32,7 +32,7 @@ MIXES = {
 MIXES["mixed"] = MIXES["effects"] = MIXES["careless"] = MIXES["quick"]
 
 TASKS: dict[str, list[Task[..., str]]] = {
-    "mixed": [work, work, charge, acharge],
+    "mixed": [work, work, work, charge, work, work, work, acharge],
     "effects": [charge, acharge],
     "careless": [charge_carelessly],
 }

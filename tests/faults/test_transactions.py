@@ -46,13 +46,15 @@ def test_worker_dies(scene: Scene, tmp_path: Path, place: str) -> None:
 
 
 @pytest.mark.parametrize("place", IN_TRANSACTIONS)
-@pytest.mark.parametrize("action", ["drop_connection", "raise"])
-def test_connection_lost_at_the_commit(scene: Scene, place: str, action: str) -> None:
+@pytest.mark.parametrize(
+    ("action", "what"), [("drop_connection", "connection lost"), ("raise", "error raised")]
+)
+def test_something_happens_at_the_commit(scene: Scene, place: str, action: str, what: str) -> None:
     worker = scene.worker("-c", "2", env={"PGQUEUE_FAILPOINTS": f"{place}={action}~0.1"})
     producer = scene.produce(100, "effects")
     producer.wait_for(300)
     scene.healed()
-    scene.settle(f"{action} at {place}, in one of ten times")
+    scene.settle(f"{what} at {place}, in one of ten times")
     assert "Traceback" not in worker.log
     if action == "drop_connection":
         assert ("transaction_uncertain" in worker.log) is (place == "transaction_before_commit")
