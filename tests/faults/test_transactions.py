@@ -20,7 +20,7 @@ from tests.faults.test_failpoints import (
 )
 
 QUICK = ("claim_after_commit", "heartbeat_before")
-SLOW = tuple(place for place in IN_SUPERVISORS if place not in QUICK and not place.startswith("rescue"))
+SLOW = tuple(place for place in IN_SUPERVISORS if place not in QUICK)
 
 
 @pytest.mark.parametrize("place", IN_EXECUTORS + IN_TRANSACTIONS)
@@ -36,8 +36,12 @@ def test_executor_dies(scene: Scene, tmp_path: Path, place: str) -> None:
 
 @pytest.mark.parametrize("place", [*QUICK, *(pytest.param(place, marks=pytest.mark.slow) for place in SLOW)])
 def test_worker_dies(scene: Scene, tmp_path: Path, place: str) -> None:
-    doomed = scene.worker("-c", "2", env=armed(place, "kill", tmp_path))
+    victim = scene.worker("-c", "1") if place == "rescue_mid_batch" else None
+    doomed = scene.worker("-c", "2", env=armed(place, "kill", tmp_path, nth=1 if victim else 20))
     producer = scene.produce(100, "mixed")
+    if victim is not None:
+        producer.wait_for(20)
+        victim.kill()
     assert doomed.wait(90) == -signal.SIGKILL
     scene.healed()
     scene.worker("-c", "2")
