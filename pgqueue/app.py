@@ -19,7 +19,7 @@ from pgqueue.database.connection import recognise_async, recognise_sync
 from pgqueue.discovery import task_modules
 from pgqueue.enqueue import Client, build_request
 from pgqueue.errors import AppNotLoaded, ConfigError, DuplicateTask, PgQueueError, UnknownTask, shown
-from pgqueue.hooks import HOOKS, Hook, HookName, Hooks, Wrapper
+from pgqueue.hooks import Hook, HookName, Hooks, Wrapper, check_name
 from pgqueue.job import JobRequest, check_id, check_priority, check_queue, check_task_name
 from pgqueue.options import (
     TASK_DEFAULTS,
@@ -304,13 +304,12 @@ class PgQueue:
         Raises:
             ConfigError: There is no such event, or it is no plain function.
         """
+        check_name(name)
 
         def register(function: Hook) -> Hook:
             self.hooks.add(name, function)
             return function
 
-        if name not in HOOKS:
-            self.hooks.add(name, None)
         return register
 
     def middleware(self, function: Wrapper) -> Wrapper:

@@ -14,6 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ import msgspec
 
 from pgqueue.annotations import Builder
 from pgqueue.errors import ConfigError, PayloadError
+from pgqueue.job import OWN_HEADER
 from pgqueue.shapes import MAX_DEPTH, PLAIN, Misfit, Shape, describe, reason
 
 MAX_PAYLOAD_BYTES: Final = 1 << 20
@@ -164,6 +166,16 @@ def encode_headers(headers: Mapping[str, Any]) -> str:
     if len(text.encode()) > MAX_PAYLOAD_BYTES:
         raise PayloadError(f"headers must be at most {MAX_PAYLOAD_BYTES:,} bytes of JSON, got {len(text):,}")
     return text
+
+
+def decode_headers(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the caller sent along, and what travels with the job for us; both empty if it cannot be read."""
+    headers: dict[str, Any] = {}
+    if text != "{}":
+        with suppress(msgspec.DecodeError, RecursionError):
+            headers = msgspec.json.decode(text, type=dict[str, Any])
+    own = headers.pop(OWN_HEADER, None)
+    return headers, own if isinstance(own, dict) else {}
 
 
 def encode_result(value: object) -> tuple[str | None, str | None]:

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
 import time
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from datetime import UTC, datetime
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import msgspec
-
-from pgqueue.codec import encode_result
+from pgqueue.codec import decode_headers, encode_result
 from pgqueue.context import Request
 from pgqueue.database.connection import adrive, drive
 from pgqueue.enqueue import Client
 from pgqueue.errors import PayloadError, Retry, TaskCancelled, UnknownTask
 from pgqueue.hooks import TaskFailed, TaskRetried, TaskStarted, TaskSucceeded
-from pgqueue.job import OWN_HEADER, JobRequest, Progress
+from pgqueue.job import JobRequest, Progress
 from pgqueue.result import Outcome, current_request
 from pgqueue.retry import Again
 from pgqueue.tracebacks import describe
@@ -198,10 +195,7 @@ def _decide(
 def _request(
     request: JobRequest, retries: int, attempt: int, args: Sequence[Any] = (), kwargs: Any = None
 ) -> Request:
-    headers: dict[str, Any] = {}
-    with suppress(msgspec.DecodeError):
-        headers = msgspec.json.decode(request.headers, type=dict[str, Any])
-    headers.pop(OWN_HEADER, None)
+    headers, _ = decode_headers(request.headers)
     return Request(
         id=request.id,
         task=request.task,
@@ -246,24 +240,5 @@ def _run_anywhere(coroutine: Coroutine[Any, Any, T]) -> T:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    ends: list[Callable[[], T]] = []
-
-    def run() -> None:
-        try:
-            value = asyncio.run(coroutine)
-        except BaseException as error:
-            ends.append(_raiser(error))
-        else:
-            ends.append(lambda: value)
-
-    thread = threading.Thread(target=copy_context().run, args=(run,))
-    thread.start()
-    thread.join()
-    return ends[0]()
-
-
-def _raiser(error: BaseException) -> Callable[[], Any]:
-    def raise_it() -> Any:
-        raise error
-
-    return raise_it
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(copy_context().run, asyncio.run, coroutine).result()

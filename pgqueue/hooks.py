@@ -167,10 +167,7 @@ class Hooks:
 
     def add(self, name: str, hook: object) -> None:
         """Register a hook; ConfigError if it is none, or the name is not one."""
-        if name not in HOOKS:
-            close = difflib.get_close_matches(str(name), HOOKS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(HOOKS))}"
-            raise ConfigError(f"unknown hook {shown(name)} ({hint})")
+        check_name(name)
         if not callable(hook) or inspect.iscoroutinefunction(hook):
             raise ConfigError(
                 f"@app.hook({name!r}) decorates a plain function of one argument, got {shown(hook)}"
@@ -218,6 +215,14 @@ class Hooks:
         for hook in self._hooks["before_enqueue"]:
             hook(event)
         return {**options, "headers": event.headers} if event.headers else options
+
+
+def check_name(name: str) -> None:
+    """ConfigError if there is no such hook."""
+    if name not in HOOKS:
+        close = difflib.get_close_matches(str(name), HOOKS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(HOOKS))}"
+        raise ConfigError(f"unknown hook {shown(name)} ({hint})")
 
 
 def _name_of(hook: object) -> str:

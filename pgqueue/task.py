@@ -209,7 +209,7 @@ class Task(Generic[P, R]):
         """Its runs never overlap."""
         return bool(self._options.get("exclusive"))
 
-    @property
+    @cached_property
     def transactional(self) -> bool:
         """Its runs are one transaction with their job's end."""
         return self.bound and bool(self._options.get("transactional"))

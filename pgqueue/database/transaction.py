@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from random import Random
 from typing import Any, Final
 
@@ -93,6 +93,7 @@ class _Transactions:
         self._random = Random()
         self._failures = 0
         self._since = 0.0  # when the transaction began, which is its now()
+        self._ended = False
         self._pooled = False
         self._connection: Any = None
         self._engine: Any = None
@@ -119,13 +120,24 @@ class _Transactions:
         ((call, _),) = ack_calls([outcome], self._since)
         return query(call.name, self._schema).text, call.parameters
 
-    def _judge(self, error: Exception, ended: bool) -> Exception:
-        """What the error means for the job: itself, unless the connection is gone."""
-        if self._connection is None or not self._connection.broken:
-            return error
-        if ended:
-            return AnswerLost(one_line(error))
-        return ConnectionLost(one_line(error))
+    @contextmanager
+    def _in_our_words(self) -> Iterator[None]:
+        """What a broken connection means for the job; every other error comes through."""
+        self._ended = False
+        try:
+            yield
+        except Exception as error:
+            if not self._connection.broken:
+                raise
+            raise (AnswerLost if self._ended else ConnectionLost)(one_line(error)) from error
+
+    def _check_ended(self, rows: list[tuple[Any, ...]], outcome: Outcome) -> None:
+        """The answer to the statement that ends the job; JobLost if there was none to end."""
+        ((done, _),) = rows
+        if not done:
+            raise JobLost(f"job {outcome.id}, attempt {outcome.attempt}")
+        self._ended = True
+        failpoint("transaction_before_commit", lambda: cut(self._connection))
 
     def _usable(self) -> bool:
         """Whether the connection can serve the next job."""
@@ -135,9 +147,6 @@ class _Transactions:
             return False
         connection.row_factory = tuple_row  # whatever the body has made of it
         return bool(connection.info.transaction_status == TransactionStatus.IDLE)
-
-    def _bind_options(self, bind: Any) -> dict[str, Any]:
-        return {"bind": bind, "join_transaction_mode": "create_savepoint"}
 
 
 class Transactions(_Transactions):
@@ -157,27 +166,18 @@ class Transactions(_Transactions):
             NotBegun, ConnectionLost, AnswerLost, JobLost: See there. Whatever the body raises comes through.
         """
         block = self._begin(limit, clock)
-        connection, ended = self._connection, False
+        connection = self._connection
         transaction = Transaction(connection, lambda: self._make_session(connection))
         try:
-            with block:
+            with self._in_our_words(), block:
                 block.callback(lambda: _close(transaction.made))
                 outcome = body(transaction)
                 if transaction.made is not None:
                     transaction.made.commit()
                 _check_open(connection)
                 text, parameters = self._end_call(outcome)
-                ((done, _),) = connection.execute(text.encode(), parameters).fetchall()
-                if not done:
-                    raise JobLost(f"job {outcome.id}, attempt {outcome.attempt}")
-                ended = True
-                failpoint("transaction_before_commit", lambda: cut(connection))
+                self._check_ended(connection.execute(text.encode(), parameters).fetchall(), outcome)
             failpoint("transaction_after_commit", lambda: cut(connection))
-        except Exception as error:
-            judged = self._judge(error, ended)
-            if judged is error:
-                raise
-            raise judged from error
         finally:
             if not self._usable():
                 self._close()
@@ -231,7 +231,7 @@ class Transactions(_Transactions):
             _leave_the_transaction_alone(self._engine)
         bind = self._engine.connect()
         bind.begin()
-        return factory(**self._bind_options(bind))
+        return factory(bind=bind, join_transaction_mode="create_savepoint")
 
 
 class AsyncTransactions(_Transactions):
@@ -248,29 +248,21 @@ class AsyncTransactions(_Transactions):
     ) -> None:
         """As `Transactions.run`."""
         block = await self._begin(limit, clock)
-        connection, ended = self._connection, False
+        connection = self._connection
         try:
-            async with block:
-                made = await self._make_session(connection)
-                transaction = Transaction(connection, lambda: _or_raise(made))
-                block.push_async_callback(_aclose, made)
-                outcome = await body(transaction)
-                if transaction.made is not None:
-                    await transaction.made.commit()
-                _check_open(connection)
-                text, parameters = self._end_call(outcome)
-                cursor = await connection.execute(text.encode(), parameters)
-                ((done, _),) = await cursor.fetchall()
-                if not done:
-                    raise JobLost(f"job {outcome.id}, attempt {outcome.attempt}")
-                ended = True
-                failpoint("transaction_before_commit", lambda: cut(connection))
+            with self._in_our_words():
+                async with block:
+                    made = await self._make_session(connection)
+                    transaction = Transaction(connection, lambda: _or_raise(made))
+                    block.push_async_callback(_aclose, made)
+                    outcome = await body(transaction)
+                    if transaction.made is not None:
+                        await transaction.made.commit()
+                    _check_open(connection)
+                    text, parameters = self._end_call(outcome)
+                    cursor = await connection.execute(text.encode(), parameters)
+                    self._check_ended(await cursor.fetchall(), outcome)
             failpoint("transaction_after_commit", lambda: cut(connection))
-        except Exception as error:
-            judged = self._judge(error, ended)
-            if judged is error:
-                raise
-            raise judged from error
         finally:
             if not self._usable():
                 await self._close()
@@ -335,7 +327,7 @@ class AsyncTransactions(_Transactions):
             _leave_the_transaction_alone(self._engine.sync_engine)
         bind = await self._engine.connect()
         await bind.begin()
-        return factory(**self._bind_options(bind))
+        return factory(bind=bind, join_transaction_mode="create_savepoint")
 
 
 def _idle_limit(limit: float) -> Composed:

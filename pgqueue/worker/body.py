@@ -16,14 +16,11 @@ from random import Random
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import msgspec
-
-from pgqueue.codec import clean_text, encode_result
+from pgqueue.codec import clean_text, decode_headers, encode_result
 from pgqueue.context import Request
 from pgqueue.errors import PayloadError, Retry, SoftTimeLimitExceeded, TaskCancelled, UnknownTask
 from pgqueue.failpoints import failpoint
 from pgqueue.hooks import TaskFailed, TaskRetried, TaskStarted, TaskSucceeded
-from pgqueue.job import OWN_HEADER
 from pgqueue.result import current_request
 from pgqueue.retry import Again
 from pgqueue.shapes import class_name
@@ -59,7 +56,7 @@ COUNT_LIMIT = 1_000_000_000
 
 
 class _Call(NamedTuple):
-    """What is to be called, and its limits in seconds."""
+    """What is to be called, and its limits in seconds, the hard one where it is transactional."""
 
     task: Task[Any, Any]
     request: Request
@@ -151,10 +148,10 @@ class Body:
     def _prepare(self, job: Job, task: Task[Any, Any]) -> _Call:
         args, kwargs = task.codec.decode(job.args, job.kwargs)
         failpoint("body_before")
-        headers, own = _headers(job)
-        soft = hard = None
-        if self._limited:
-            soft = own.get("soft_time_limit", task.soft_time_limit)
+        headers, own = decode_headers(job.headers)
+        soft = own.get("soft_time_limit", task.soft_time_limit) if self._limited else None
+        hard = None
+        if task.transactional and self._limited:
             hard = own.get("time_limit", task.time_limit)
         request = _request(job, args, kwargs, headers)
         if self._hooks.has("task_started"):
@@ -223,7 +220,8 @@ class Body:
     ) -> Ended:
         ended = self._judged(job, started, task, call, error)
         if self._hooks and isinstance(ended, Failed) and ended.reason != "crashed":
-            request = call.request if call is not None else _request(job, [], {}, _headers(job)[0])
+            headers, _ = decode_headers(job.headers)
+            request = call.request if call is not None else _request(job, [], {}, headers)
             if issubclass(type(error), Retry) and error.cause is not None:  # type: ignore[attr-defined]
                 error = error.cause  # type: ignore[attr-defined]
             seconds = ended.finished - started
@@ -426,16 +424,6 @@ def _dead(
 
 def _told(seconds: float) -> SoftTimeLimitExceeded:
     return SoftTimeLimitExceeded(f"it ran longer than its soft_time_limit of {seconds:g} s")
-
-
-def _headers(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the caller sent along, and what travels with the job for us."""
-    headers: dict[str, Any] = {}
-    if job.headers != "{}":
-        with suppress(msgspec.DecodeError, RecursionError):
-            headers = msgspec.json.decode(job.headers, type=dict[str, Any])
-    own = headers.pop(OWN_HEADER, None)
-    return headers, own if isinstance(own, dict) else {}
 
 
 def _request(job: Job, args: list[Any], kwargs: dict[str, Any], headers: dict[str, Any]) -> Request:

@@ -101,7 +101,7 @@ class Claimer:
         share: Called with the queues of a claim that came back full, or of jobs given back: somebody who
             sleeps may help.
         retried: Called when the database has confirmed retries, with the seconds until the first is due.
-        share_of: Which tasks are its own.
+        tasks: Those whose jobs are its own.
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class Claimer:
         retried: Callable[[float], None],
         poll_interval: float,
         random: Random,
-        share_of: TaskFilter | None = None,
+        tasks: TaskFilter | None = None,
     ) -> None:
         self._link = link
-        self._tasks = share_of or TaskFilter()
+        self._tasks = tasks or TaskFilter()
         self._lanes = lanes
         self._dispatcher = dispatcher
         self._identity = identity

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import traceback
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 from pgqueue.worker.body import Body
-from pgqueue.worker.executor import Channel, Limits, Starter
+from pgqueue.worker.executor import Channel, Limits, Starter, no_job_untold
 from pgqueue.worker.interrupts import CANCEL_SIGNAL, Alarm, Interrupter, ThreadAlarm
 from pgqueue.worker.wire import Board, Ended, Job, Ready, Skipped
 
@@ -55,18 +54,13 @@ class _Slot:
             self._working = asyncio.get_running_loop().create_task(self._work())
 
     async def _work(self) -> None:
-        try:
+        with no_job_untold():
             while self._jobs:
                 job = self._jobs.popleft()
                 message = await self._run(job)
                 message.slot = self._number
                 self._channel.send(message, of=job)
                 self._limits.look()
-        except (BrokenPipeError, ConnectionResetError):
-            os._exit(0)  # the supervisor is gone
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)  # it could not say any more how its jobs end
         self._working = None
 
     async def _run(self, job: Job) -> Ended | Skipped:

@@ -1,8 +1,8 @@
 """An executor: a child process that runs jobs, one after another in each of its slots.
 
-It is forked by the fork server, owns one end of a socket pair and one board per slot, and never talks to the
-queue's tables: it has each job run by `body`, and sends the outcome before it starts the slot's next one. End
-of file on the socket means that its supervisor is gone: it leaves.
+It is forked by the fork server, owns one end of a socket pair and one board per slot, and talks to the
+queue's tables only where a transactional task ends: it has each job run by `body`, and sends the outcome
+before it starts the slot's next one. End of file on the socket means that its supervisor is gone: it leaves.
 
 Here is the executor with one slot, which runs its jobs in the main thread; those of several are in `threads`
 and `coroutines`.
@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import msgspec
@@ -112,6 +112,18 @@ class Limits:
         if memory > self._most_memory:
             self.tired = True
             self._channel.send(Tired(memory))
+
+
+@contextmanager
+def no_job_untold() -> Iterator[None]:
+    """Around a slot's work: when it cannot be said any more how its jobs end, the process ends."""
+    try:
+        yield
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(0)  # the supervisor is gone
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 class Starter:

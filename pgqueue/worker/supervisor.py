@@ -164,7 +164,7 @@ class Supervisor:
             retried=lambda seconds: self._maintenance.look_for_due_jobs(seconds),
             poll_interval=config.poll_every(hears=False),
             random=self._random,
-            share_of=tasks,
+            tasks=tasks,
         )
         return Pool(name, size, dispatcher, Crew(self._processes, dispatcher, name, size), lanes, claimer)
 

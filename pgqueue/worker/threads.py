@@ -12,12 +12,11 @@ import signal
 import socket
 import threading
 import time
-import traceback
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from pgqueue.worker.body import Body
-from pgqueue.worker.executor import Channel, Limits, Starter
+from pgqueue.worker.executor import Channel, Limits, Starter, no_job_untold
 from pgqueue.worker.interrupts import CANCEL_SIGNAL, ThreadAlarm
 from pgqueue.worker.wire import Board, Ended, Job, Ready, Skipped
 
@@ -39,18 +38,13 @@ class _Slot:
 
     def run(self) -> None:
         """Run jobs as they come, for ever."""
-        try:
+        with no_job_untold():
             while True:
                 job = self.jobs.get()
                 message = self._run(job)
                 message.slot = self._number
                 self._channel.send(message, of=job)
                 self._limits.look()
-        except (BrokenPipeError, ConnectionResetError):
-            os._exit(0)  # the supervisor is gone
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)  # it could not say any more how its jobs end
 
     def _run(self, job: Job) -> Ended | Skipped:
         pause = self._starter.pause(job)
