@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import cached_property
 from types import MappingProxyType
@@ -25,6 +26,7 @@ from pgqueue.options import (
     TASK_DEFAULTS,
     TASK_OPTIONS,
     JobOptions,
+    PeriodicOptions,
     TaskOptions,
     check_arguments,
     check_option_names,
@@ -33,6 +35,7 @@ from pgqueue.options import (
 )
 from pgqueue.result import AsyncResult
 from pgqueue.retry import RetryPolicy
+from pgqueue.schedules import Decorated, Schedules
 from pgqueue.task import (
     AsyncConnection,
     AsyncTask,
@@ -45,6 +48,7 @@ from pgqueue.task import (
 
 if TYPE_CHECKING:
     from pgqueue.eager import Eager
+    from pgqueue.schedule import CatchUp, Overlap
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -104,6 +108,7 @@ class PgQueue:
         self._routes: dict[str, TaskRoute] = {}
         self.session_factory: Callable[..., Any] | None = None
         self.hooks = Hooks()
+        self.schedules = Schedules(self)
         self._eager: Eager | None = None
         self.configure(
             dsn=dsn,
@@ -236,7 +241,46 @@ class PgQueue:
         own = {key: value for key, value in options.items() if key not in ("name", "bind")}
         task: Task[..., Any] = kind(self, function, name=name, bound=options["bind"], options=own)
         self._tasks[name] = task
+        self.schedules.adopt(task)
         return task
+
+    def periodic(
+        self,
+        *,
+        cron: str | None = None,
+        every: timedelta | float | None = None,
+        timezone: str = "UTC",
+        name: str | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        catch_up: CatchUp = "latest",
+        overlap: Overlap = "allow",
+        jitter: timedelta | float = 0.0,
+        **options: Unpack[PeriodicOptions],
+    ) -> Callable[[Decorated], Decorated]:
+        """Enqueue a task's job again and again: `@app.periodic(cron="0 9 * * *")` under `@app.task`.
+
+        The time of the tick is `self.request.tick` in the job, and `headers` of its row.
+
+        Args:
+            cron: Five fields (minute, hour, day of month, month, day of week), or a nickname like `@daily`.
+            every: Instead of `cron`: a timedelta or seconds, counted from 1970-01-01T00:00Z.
+            timezone: Whose wall clock `cron` goes by: an IANA name.
+            name: Of the schedule; by default the task's.
+            args: Positional arguments of each job.
+            kwargs: Keyword arguments.
+            catch_up: Of the ticks that no worker was there for: the "latest", "all" (the last thousand), or
+                "none" is made up for.
+            overlap: While a job of the schedule lives: "allow" another, "skip" the tick, or "queue" it.
+            jitter: A timedelta or seconds: each job is put off by its own share of it.
+            options: See `PeriodicOptions`.
+
+        Raises:
+            ConfigError: Something of it is wrong; the message lists all that is.
+        """
+        own: dict[str, Any] = {"cron": cron, "every": every, "timezone": timezone, "name": name, "args": args}
+        own |= {"kwargs": kwargs, "catch_up": catch_up, "overlap": overlap, "jitter": jitter}
+        return self.schedules.periodic({**own, **options})
 
     def send_task(
         self,
@@ -424,6 +468,15 @@ class PgQueue:
         check_arguments(name, args, kwargs)
         if self.hooks.has("before_enqueue"):
             options = self.hooks.headers_for(name, args, kwargs, options)
+        return self.encode(name, args, kwargs, options)
+
+    def encode(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> JobRequest:
+        """The request that a call of the task of this name would make, without asking hooks."""
+        task = self._tasks.get(name)
+        if task is not None:
+            return task.encode(args, kwargs, options)
         route, defaults = self.route(name), self.defaults
         priority = route.priority if route.priority is not None else defaults.get("priority")
         return build_request(

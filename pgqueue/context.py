@@ -47,6 +47,12 @@ class Request:
     worker: str | None = None
     called_directly: bool = False
 
+    @property
+    def tick(self) -> datetime | None:
+        """The tick of the schedule that it is run for, in UTC; None for any other job."""
+        tick = self.headers.get("tick") if "schedule" in self.headers else None
+        return datetime.fromisoformat(tick) if isinstance(tick, str) else None
+
 
 class Transaction(Protocol):
     """What a transactional run happens in."""

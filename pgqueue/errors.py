@@ -14,6 +14,8 @@
     │   ├── DuplicateJob                    a live job has the unique key, and `on_conflict="raise"`
     │   ├── UniqueWaitTimeout               an open transaction holds the unique key
     │   └── EnqueueUncertain                the COMMIT answer was lost and a repeat cannot settle it
+    ├── ScheduleError                       a schedule is not what the act needs: its name taken, or in code
+    │   └── UnknownSchedule (LookupError)   no schedule has this name
     ├── ResultError                         `AsyncResult.get` has no value to return
     │   ├── JobFailed                       the job is a dead letter
     │   ├── JobCancelled
@@ -119,6 +121,14 @@ class EnqueueUncertain(EnqueueError):
     def __init__(self, message: str, *, job_id: str) -> None:
         super().__init__(message)
         self.job_id = job_id
+
+
+class ScheduleError(PgQueueError):
+    """A schedule was not changed: its name is taken, or it is in the code of a worker."""
+
+
+class UnknownSchedule(ScheduleError, LookupError):
+    """No schedule has this name."""
 
 
 class ResultError(PgQueueError):

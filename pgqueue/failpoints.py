@@ -40,6 +40,8 @@ FAILPOINTS: Final = {
     "rescue_mid_batch": "jobs of a fenced worker are ready again, the transaction is open",
     "heartbeat_before": "a heartbeat is due",
     "promote_mid_batch": "due jobs are ready, the transaction is open",
+    "tick_before_commit": "a schedule's tick is decided and its job is written, the transaction is open",
+    "tick_after_commit": "a schedule's tick is committed, the worker that did it does not know",
 }
 """All there are: name, and the moment it stands for."""
 
@@ -53,6 +55,8 @@ _HOLDING_CONNECTION: Final = frozenset(
         "ack_sent",
         "rescue_mid_batch",
         "promote_mid_batch",
+        "tick_before_commit",
+        "tick_after_commit",
     )
 )
 _ACTIONS: Final = ("kill", "stop", "raise", "sleep", "drop_connection")

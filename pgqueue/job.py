@@ -49,9 +49,12 @@ def new_id() -> str:
     """A UUIDv7 (RFC 9562): milliseconds since 1970, then 74 random bits, so ids sort by the time they were
     made.
     """
-    milliseconds = time.time_ns() // 1_000_000
-    random = int.from_bytes(os.urandom(10), "big")
-    value = milliseconds << _UNIX_TO_UUID_MS | random & ((1 << 80) - 1)
+    return timed_id(time.time_ns() // 1_000_000, os.urandom(10))
+
+
+def timed_id(milliseconds: int, rest: bytes) -> str:
+    """The UUIDv7 of a time since 1970 and ten bytes, of which six bits are not used."""
+    value = milliseconds << _UNIX_TO_UUID_MS | int.from_bytes(rest, "big") & ((1 << 80) - 1)
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
     text = f"{value:032x}"

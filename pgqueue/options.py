@@ -145,6 +145,24 @@ class JobOptions(TypedDict, total=False):
     headers: Mapping[str, Any] | None
 
 
+class PeriodicOptions(TypedDict, total=False):
+    """Options of the jobs of a schedule: those of `JobOptions` that mean the same for each of them.
+
+    Attributes:
+        expires: Seconds after the enqueue from which on the job is neither run nor retried.
+    """
+
+    queue: str | None
+    priority: int | None
+    expires: float | None
+    max_retries: int | None
+    soft_time_limit: float | None
+    time_limit: float | None
+    headers: Mapping[str, Any] | None
+
+
+PERIODIC_OPTIONS: Final = frozenset(PeriodicOptions.__annotations__)
+
 JOB_OPTIONS: Final = frozenset(JobOptions.__annotations__)
 
 _CELERY_JOB_OPTIONS: Final = {

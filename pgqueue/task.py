@@ -360,6 +360,12 @@ class Task(Generic[P, R]):
             check_arguments(self.name, args, kwargs)
         if self._app.hooks.has("before_enqueue"):
             options = self._app.hooks.headers_for(self.name, args, kwargs, options)
+        return self.encode(args, kwargs, options)
+
+    def encode(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> JobRequest:
+        """`request_for`, without asking hooks: this call is not made now."""
         encoded = self.codec.encode(args, kwargs)
         return build_request(
             self.name,

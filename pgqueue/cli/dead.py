@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import re
 import socket
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.options import MOST_ROWS, Words
+from pgqueue.cli.options import MOST_ROWS, Words, read_duration
 from pgqueue.cli.output import (
     clean,
     clean_lines,
@@ -39,7 +38,6 @@ from pgqueue.job import DEAD_REASONS, check_id
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_UNITS = {"s": "seconds", "m": "minutes", "min": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _MESSAGE_LENGTH = 60
 _LONGEST = timedelta(days=36_525)
 """A century: what lies further back may fall off the database's calendar."""
@@ -50,14 +48,14 @@ def read_since(ctx: click.Context, param: click.Parameter, value: str | None) ->
     if value is None:
         return None
     try:
-        if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", value.strip()):
-            ago = timedelta(**{_UNITS[match[2]]: float(match[1])})
+        if (seconds := read_duration(value)) is not None:
+            ago = timedelta(seconds=seconds)
             if ago > _LONGEST:
                 raise ValueError
             return ago
         found = datetime.fromisoformat(value)
         return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
-    except (ValueError, KeyError, OverflowError):
+    except (ValueError, OverflowError):
         raise click.BadParameter(
             f"must be like 30m, 2h, 3d or 2026-01-31T09:00Z, a century at most, got {shown(value)}"
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, Final
 
 import click
@@ -29,6 +30,30 @@ class Seconds(click.FloatRange):
         if math.isnan(number):
             self.fail(f"{shown(value)} is not a number of seconds", param, ctx)
         return number
+
+
+_UNITS: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def read_duration(text: str) -> float | None:
+    """Seconds of `90s`, `15m`, `2h`, `3d`, `1w`; None for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip())
+    if match is None or match[2] not in _UNITS:
+        return None
+    return float(match[1]) * _UNITS[match[2]]
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, written as `30`, `90s`, `15m`, `2h` or `1d`."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value)
+        seconds = float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else read_duration(text)
+        if seconds is None or seconds > MOST_SECONDS:
+            self.fail(f"must be like 30s, 15m, 2h or 1d, got {shown(text)}", param, ctx)
+        return seconds
 
 
 class Words(click.ParamType[str]):

@@ -50,7 +50,7 @@ class Session:
             self.run(settings, statement_timeout=STATEMENT_TIMEOUT, lock_timeout=LOCK_TIMEOUT)
             yield
 
-    def run(self, name: str, **parameters: object) -> list[Row]:
+    def run(self, name: str, /, **parameters: object) -> list[Row]:
         """Run one statement of `sql/` in the open transaction; its rows."""
         return self.execute(query(name, self.schema).text, parameters)
 

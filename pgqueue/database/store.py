@@ -146,7 +146,7 @@ class Link:
         if connection is not None:
             await connection.close()
 
-    async def call(self, name: str, **parameters: Any) -> list[Row]:
+    async def call(self, name: str, /, **parameters: Any) -> list[Row]:
         """Run one statement in a transaction of its own; returns its rows."""
         return (await self.run([Call(name, parameters)]))[0][0]
 
@@ -245,9 +245,14 @@ _BEFORE_COMMIT = {
     "claim_jobs": "claim_before_commit",
     "rescue_jobs": "rescue_mid_batch",
     "promote_jobs": "promote_mid_batch",
+    "fire_schedule": "tick_before_commit",
 }
 _ACKS = ("ack_finished", "ack_forgotten", "ack_retried", "ack_snoozed", "ack_dead", "release_jobs")
-_AFTER_COMMIT = {"claim_jobs": "claim_after_commit", **dict.fromkeys(_ACKS, "ack_sent")}
+_AFTER_COMMIT = {
+    "claim_jobs": "claim_after_commit",
+    "fire_schedule": "tick_after_commit",
+    **dict.fromkeys(_ACKS, "ack_sent"),
+}
 
 
 async def _come_by(

@@ -218,6 +218,7 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
         stay_when_asked_to_stop()  # whatever the application has made of these signals
         facts = {name: _facts(task) for name, task in app.tasks.items()}
         config = app.config
+        schedules = [asdict(schedule) for schedule in app.schedules.in_code()]
         if config.pool != "solo":
             with open(os.devnull) as nothing:
                 os.dup2(nothing.fileno(), 0)
@@ -237,7 +238,7 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
         importlib.import_module("pgqueue.database.transaction")  # once for all of them
     gc.collect()
     gc.freeze()  # the children share these pages until a collection touches them
-    control.sendall(frame(Loaded(facts, asdict(config), app.hooks.names)))
+    control.sendall(frame(Loaded(facts, asdict(config), app.hooks.names, schedules)))
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         ForkServer(app, control).serve()
 

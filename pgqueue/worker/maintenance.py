@@ -318,7 +318,7 @@ class Maintenance:
             )
             if rescued or buried:
                 log.warning("jobs_rescued count=%d buried=%d", rescued, buried)
-                await self._became_ready(queues)
+                await self.became_ready(queues)
             taken = int(rescued + buried)
             total += taken
             if taken < RESCUE_BATCH:
@@ -363,7 +363,7 @@ class Maintenance:
         if promoted >= PROMOTE_BATCH:
             self._promotion.pull(done)
         if promoted:  # last: a notification that is refused must not cost the next look
-            await self._became_ready(queues)
+            await self.became_ready(queues)
         return int(promoted)
 
     async def find_queues(self, discover: Callable[[str], None]) -> None:
@@ -400,7 +400,7 @@ class Maintenance:
         log.debug("housekeeping act=%s rows=%d", name, len(rows))
         return True
 
-    async def _became_ready(self, queues: list[str]) -> None:
+    async def became_ready(self, queues: list[str]) -> None:
         """Jobs have become ready without an enqueue: tell ourselves, and whoever sleeps."""
         self._wake()
         if queues:

@@ -39,6 +39,7 @@ from pgqueue.worker.lanes import Lanes
 from pgqueue.worker.maintenance import Maintenance
 from pgqueue.worker.pools import Pool, Pools, filters
 from pgqueue.worker.processes import Processes
+from pgqueue.worker.scheduler import Scheduler
 from pgqueue.worker.wire import Ended, FromExecutor, Loaded, Ready, Skipped, Tired, clock
 
 T = TypeVar("T")
@@ -133,6 +134,13 @@ class Supervisor:
             cancel=self._cancel,
             random=self._random,
         )
+        self._scheduler = Scheduler(
+            self._maintenance_link,
+            self._identity,
+            loaded.schedules,
+            ready=self._maintenance.became_ready,
+            random=self._random,
+        )
         self._health = Health(
             self._identity,
             self._pools,
@@ -199,7 +207,7 @@ class Supervisor:
                 config.schema,
                 notify_dsn=self._dsn,
                 on_notify=self._on_notify,
-                on_control=lambda _: self._maintenance.look_for_cancellations(),
+                on_control=self._on_control,
                 on_listen=lambda: self._hear(True),
                 on_deaf=lambda: self._hear(False),
                 random=self._random,
@@ -207,6 +215,7 @@ class Supervisor:
             claiming = [self._spawn(pool.claimer.run()) for pool in self._pools]
             loops = [
                 self._spawn(self._maintenance.run()),
+                self._spawn(self._scheduler.run()),
                 *([self._spawn(listener.run())] if config.listen else []),
                 self._spawn(self._tick()),
             ]
@@ -325,6 +334,13 @@ class Supervisor:
     def _on_notify(self, _queue: str) -> None:
         self._pools.wake()
         self._maintenance.look_for_due_jobs()
+
+    def _on_control(self, what: str) -> None:
+        """Somebody has changed a schedule, or wants the job of this id cancelled."""
+        if what == "schedules":
+            self._scheduler.wake()
+        else:
+            self._maintenance.look_for_cancellations()
 
     def _cancel(self, ids: list[str]) -> None:
         """Somebody wants these jobs cancelled; what does not end by itself is killed by `_tick`."""

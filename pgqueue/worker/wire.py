@@ -195,12 +195,13 @@ class TaskFacts(msgspec.Struct, array_like=True):
 class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
     """Fork server to supervisor: the application is imported. `config`: the fields of its `Config`.
 
-    `hooks`: names of those it has.
+    `hooks`: names of those it has. `schedules`: those in its code, see `put_schedules.sql`.
     """
 
     tasks: dict[str, TaskFacts]
     config: dict[str, Any]
     hooks: list[str] = []
+    schedules: list[dict[str, Any]] = []
 
 
 class LoadFailed(msgspec.Struct, array_like=True, tag="load_failed"):

@@ -111,6 +111,12 @@ VALID: Mapping[str, tuple[str, ...]] = {
     "pgqueue enqueue": ("t",),
     "pgqueue dead show": (JOB,),
     "pgqueue dead requeue": ("--dry-run",),
+    "pgqueue schedule add": ("n", "--task", "t", "--cron", "@daily"),
+    "pgqueue schedule pause": ("n",),
+    "pgqueue schedule resume": ("n",),
+    "pgqueue schedule remove": ("n",),
+    "pgqueue schedule run-now": ("n",),
+    "pgqueue schedule next": ("--cron", "@daily"),
 }
 """What each command needs beside the option that is tried; none of it changes anything."""
 
@@ -126,6 +132,11 @@ TEXTS: Mapping[str, Sequence[str]] = {
     "since": ("", "yesterday", "2h ago", "-2h", "2", "2 fortnights", f"{HUGE}d", "99999999d", "2026-13-01"),
     "error": ("",),
     "note": (),
+    "name": ("",),
+    "cron": ("", "0 9 * *", "60 9 * * *", "0 9 31 2 *", "@reboot", "every day"),
+    "every": ("", "soon", "5", "0", "0.5", "-1h", "2 fortnights", "400d", HUGE),
+    "timezone": ("", "Mars/Olympus", "../etc", "KST9"),
+    "jitter": ("", "a while", "-1", "2d", HUGE),
     "since_revision": ("", "newest", "9999"),
     "to": ("", "newest", "9999", "../0001", "1"),
     "health_host": ("", " "),
@@ -207,8 +218,9 @@ def shows(option: click.Option, value: str) -> bool:
     """Whether the message has the value as it was typed: no DSN is shown, of a list the part that is wrong, of a
     number what was read, and of a long one the beginning."""
     if (
-        option.name in ("dsn", "queues", "since", "to")
+        option.name in ("dsn", "queues", "since", "to", "every", "jitter")
         or len(value) > 80
+        or "\t" in value
         or value.startswith(("9999-", '["\\'))
     ):
         return False
@@ -328,6 +340,14 @@ UNREACHABLE = (
 )
 
 LINES: tuple[Line, ...] = (
+    Line(("schedule", "add", "n", "--task", "t")),
+    Line(("schedule", "add", "n\nm", "--task", "t", "--every", "60s")),
+    Line(("schedule", "add", "n", "--task", "t", "--every", "60s", "--cron", "@daily")),
+    Line(("-A", "shop:app", "schedule", "add", "n", "--task", "no.such", "--every", "60s"), 1, names="no.such"),
+    Line(("-A", "shop:app", "schedule", "add", "n", "--task", "tasks.send", "--every", "60s"), names="order_id"),
+    Line(("schedule", "next",)),
+    Line(("schedule", "next", "n"), 1, names="'n'"),
+    *(Line(("schedule", verb, "n"), 1, names="'n'") for verb in ("pause", "resume", "remove", "run-now")),
     Line(("-A", "shop:app"), names="Missing command"),
     Line(("worker",), names="-A module:attribute"),
     Line(("worker", "-A", "shop:app"), names="-A"),
@@ -567,6 +587,17 @@ CALLS: Mapping[str, Sequence[tuple[str, str, str]]] = {
         ("app.configure(task_routes=None)", "ConfigError", "None"),
         ("app.configure(session_factory=5)", "ConfigError", "5"),
         ("(used.config, used.configure(lease=60))", "ConfigError", "first use"),
+    ),
+    "app.periodic(…)": (
+        ("app.periodic()", "ConfigError", "cron and every"),
+        ("app.periodic(cron='61 * * * *')", "ConfigError", "61"),
+        ("app.periodic(cron='@daily', timezone='Mars')", "ConfigError", "Mars"),
+        ("app.periodic(every='1h')", "ConfigError", "1h"),
+        ("app.periodic(every=60, catch_up='some', overlap='x', jitter=-1)", "ConfigError", "some"),
+        ("app.periodic(every=60, countdown=5)", "ConfigError", "countdown"),
+        ("app.periodic(every=60)(5)", "ConfigError", "5"),
+        ("app.schedules.add('s', 'a b', every=60)", "ValueError", "a b"),
+        ("app.schedules.add('', 't', every=60)", "ValueError", "''"),
     ),
     "app.hook(…)": (
         ("app.hook('task_faild')", "ConfigError", "task_failed"),

@@ -48,6 +48,14 @@ COMMANDS = [
     ["dead", "list"],
     ["dead", "show"],
     ["dead", "requeue"],
+    ["schedule"],
+    ["schedule", "list"],
+    ["schedule", "add"],
+    ["schedule", "pause"],
+    ["schedule", "resume"],
+    ["schedule", "remove"],
+    ["schedule", "run-now"],
+    ["schedule", "next"],
 ]
 
 

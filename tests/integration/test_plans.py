@@ -132,6 +132,15 @@ HOT = {
     "delete_worker": Hot({"worker": ME}, {"jobs_running": ("worker_id =",)}),
     "delete_fenced_workers": Hot({}, {"jobs_running": ("worker_id =",)}),
     "find_job": Hot({"id": IDS[0]}, BY_ID),
+    "find_due_schedules": Hot({"now": None}, BY_ID),
+    "fire_schedule": Hot(
+        {
+            **{"name": "s", "version": 0, "ids": ID_LIST, "held": []},
+            **{"ticks": [1.0] * len(IDS), "etas": [1.0] * len(IDS)},
+            **{"last_tick": 1.0, "next_tick": 2.0, "missed": 0, "skipped": 0},
+        },
+        BY_ID,
+    ),
     "beat_heart": Hot({"worker": ME, "running": "{}", "stats": "{}"}, {}),
 }
 

@@ -159,12 +159,12 @@ def ending() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def contents(dsn: str) -> dict[str, list[Any]]:
-    """Every row of every table but meta's, as text."""
+    """Every row of the tables that there were at first, but meta's, as text, without columns that are new."""
     tables = ["jobs", "finished_jobs", "failures", "dead_letters", "workers", "wake", "audit_log"]
     with psycopg.connect(dsn, autocommit=True) as connection:
         return {
             table: connection.execute(
-                f"select to_jsonb(t)::text from pgqueue.{table} t order by 1".encode()
+                f"select (to_jsonb(t) - 'schedules')::text from pgqueue.{table} t order by 1".encode()
             ).fetchall()
             for table in tables
         }

@@ -20,6 +20,7 @@ import sqlalchemy.ext.asyncio as sqlalchemy_asyncio
 from sqlalchemy.orm import Session, sessionmaker
 
 from pgqueue import AsyncResult, JobOptions, PgQueue, Request, Signature, TaskContext
+from pgqueue.database.schedules import ScheduleStatus
 from pgqueue.hooks import TaskFailed
 
 app = PgQueue(
@@ -170,6 +171,21 @@ def as_values() -> None:
     assert_type(plain.s(1), Signature)  # may be partial: checked when it is enqueued
     assert_type(plain.s().set(priority=9, countdown=5), Signature)
     assert_type(app.enqueue_many(plain.s(n) for n in range(10)), list[str])
+
+
+@app.task
+@app.periodic(cron="0 9 * * *", timezone="Asia/Seoul", args=(1,), kwargs={"text": "a"}, queue="reports")
+@app.periodic(every=timedelta(minutes=5), name="often", args=(1,), overlap="skip", catch_up="none", jitter=3)
+def recurring(number: int, *, text: str = "") -> str:
+    return text * number
+
+
+def recurs() -> None:
+    assert_type(recurring.delay(1, text="a"), AsyncResult[str])
+    assert_type(app.schedules.add("s", recurring, every=60, args=(1,), replace=True), ScheduleStatus)
+    assert_type(app.schedules.list(), list[ScheduleStatus])
+    assert_type(app.schedules.next("s", 3), list[datetime])
+    assert_type(app.schedules.run_now("s"), str)
 
 
 def by_name() -> None:
