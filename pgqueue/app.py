@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatchcase
@@ -33,6 +33,7 @@ from pgqueue.options import (
     check_task_options,
     retry_options,
 )
+from pgqueue.queues import Queues
 from pgqueue.result import AsyncResult
 from pgqueue.retry import RetryPolicy
 from pgqueue.schedules import Decorated, Schedules
@@ -47,6 +48,7 @@ from pgqueue.task import (
 )
 
 if TYPE_CHECKING:
+    from pgqueue.database.session import Session
     from pgqueue.eager import Eager
     from pgqueue.schedule import CatchUp, Overlap
 
@@ -109,6 +111,7 @@ class PgQueue:
         self.session_factory: Callable[..., Any] | None = None
         self.hooks = Hooks()
         self.schedules = Schedules(self)
+        self.queues = Queues(self)
         self._eager: Eager | None = None
         self.configure(
             dsn=dsn,
@@ -386,6 +389,12 @@ class PgQueue:
             yield
         finally:
             self._eager = before
+
+    def open_session(self) -> AbstractContextManager[Session]:
+        """A connection to the queue's database for what people do, see `pgqueue.database.session`."""
+        from pgqueue.database.session import open_session
+
+        return open_session(self.dsn, schema=self.schema)
 
     @property
     def client(self) -> Client:

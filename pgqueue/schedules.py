@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -30,6 +31,7 @@ from pgqueue.task import Task
 
 if TYPE_CHECKING:
     from pgqueue.database.schedules import ScheduleStatus
+    from pgqueue.database.session import Session
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -37,10 +39,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 class Application(Protocol):
     """What schedules need to know of their application."""
 
-    @property
-    def dsn(self) -> str: ...
-    @property
-    def schema(self) -> str: ...
+    def open_session(self) -> AbstractContextManager[Session]: ...
     @property
     def tasks(self) -> Mapping[str, Task[..., Any]]: ...
     def encode(
@@ -188,7 +187,7 @@ class Schedules:
         except ConfigError as error:
             raise ValueError(str(error)) from error
         request = self._app.encode(task_name, periodic.args, periodic.kwargs, periodic.options)
-        with self._session() as session:
+        with self._app.open_session() as session:
             answer = schedules.add_schedule(
                 session,
                 periodic.schedule(task_name, request),
@@ -218,14 +217,14 @@ class Schedules:
         """All schedules in the database, by name."""
         from pgqueue.database.schedules import list_schedules
 
-        with self._session() as session:
+        with self._app.open_session() as session:
             return list_schedules(session)
 
     def get(self, name: str) -> ScheduleStatus:
         """The schedule of this name; UnknownSchedule if there is none."""
         from pgqueue.database.schedules import find_schedule
 
-        with self._session() as session:
+        with self._app.open_session() as session:
             found = find_schedule(session, name)
         if found is None:
             raise _unknown(name)
@@ -247,7 +246,7 @@ class Schedules:
         """Enqueue its job now, beside its ticks, also when it is paused; the job's id."""
         from pgqueue.database.schedules import run_schedule
 
-        with self._session() as session:
+        with self._app.open_session() as session:
             job_id = run_schedule(session, name, by=by, reason=reason)
         if job_id is None:
             raise _unknown(name)
@@ -256,7 +255,7 @@ class Schedules:
     def _act(self, act: Any, name: str, by: str | None, reason: str | None) -> None:
         from pgqueue.database.schedules import act_on_schedule
 
-        with self._session() as session:
+        with self._app.open_session() as session:
             answer = act_on_schedule(session, act, name, by=by, reason=reason)
         if answer == "unknown":
             raise _unknown(name)
@@ -264,11 +263,6 @@ class Schedules:
             raise ScheduleError(
                 f"the schedule {name!r} is in the code of a running worker; take it out there, or pause it"
             )
-
-    def _session(self) -> Any:
-        from pgqueue.database.session import open_session
-
-        return open_session(self._app.dsn, schema=self._app.schema)
 
 
 def next_ticks(

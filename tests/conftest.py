@@ -272,6 +272,7 @@ def empty(dsn: str) -> None:
             " where n.nspname = 'pgqueue' and c.relkind = 'r' and pg_relation_size(c.oid) > 0"
             " and c.relname not in ('meta', 'alembic_version') order by 1"
         ).fetchall()
+        connection.execute("update pgqueue.meta set paused = '{}' where paused <> '{}'")
         if used:
             names = ", ".join(str(row[0]) for row in used)
             connection.execute(f"truncate only {names} restart identity".encode())

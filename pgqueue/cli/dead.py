@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import getpass
 import socket
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -20,9 +17,11 @@ from pgqueue.cli.options import MOST_ROWS, Words, read_duration
 from pgqueue.cli.output import (
     clean,
     clean_lines,
+    confirmed,
     duration,
-    is_terminal,
+    moment,
     plural,
+    progress_bar,
     shortened,
     show,
     show_json,
@@ -216,7 +215,7 @@ def requeue_command(
             return _requeue_ids(session, job_ids, note, dry_run=dry_run, as_json=as_json)
         matching = letters.count_dead_letters(session, where)
         count = matching if limit is None else min(matching, limit)
-        if dry_run or not count or not (yes or _agreed(count)):
+        if dry_run or not count or not (yes or confirmed(f"requeue {plural(count, 'dead letter')}?")):
             if as_json:
                 show_json({"dry_run": True, "would_requeue": count})
             else:
@@ -237,13 +236,6 @@ def _check_choice(job_ids: tuple[str, ...], everything: bool, where: DeadFilter,
         )
     if job_ids and limit is not None:
         raise click.UsageError("--limit goes with filters or --all, not with ids")
-
-
-def _agreed(count: int) -> bool:
-    """Ask, where there is somebody to ask."""
-    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
-        return False
-    return click.confirm(f"requeue {plural(count, 'dead letter')}?", err=True)
 
 
 def _requeue_ids(
@@ -268,17 +260,8 @@ def _requeue_ids(
 def _requeue_matching(
     session: Session, where: DeadFilter, limit: int | None, count: int, note: str | None
 ) -> Requeued:
-    quiet = count <= BATCH or not is_terminal(sys.stderr)
-    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
-        bar = progress.add_task("requeueing", total=count)
-        return letters.requeue_where(
-            session,
-            where,
-            limit=limit,
-            by=who(),
-            reason=note,
-            progress=lambda moved: progress.advance(bar, moved),
-        )
+    with progress_bar("requeueing", count, shown=count > BATCH) as advance:
+        return letters.requeue_where(session, where, limit=limit, by=who(), reason=note, progress=advance)
 
 
 def _report(done: Requeued, *, as_json: bool) -> int:
@@ -345,10 +328,6 @@ def _show_letter(letter: dict[str, Any]) -> None:
         ]
         show(Text(""))
         show(table(("attempt", "kind", "when", "worker", "error"), rows, right=("attempt",)))
-
-
-def moment(time: datetime) -> str:
-    return time.isoformat(sep=" ", timespec="seconds")
 
 
 def _most(max_retries: int | None) -> str:

@@ -12,17 +12,21 @@ from rich.text import Text
 
 from pgqueue.cli.context import Context
 from pgqueue.cli.options import MOST_ROWS, Seconds
-from pgqueue.cli.output import duration, repeat, table
+from pgqueue.cli.output import clean, duration, moment, repeat, table
 from pgqueue.database.session import Session, open_session
 from pgqueue.database.stats import ActiveJob, QueueStats, list_active_jobs, list_queues
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line each time.")
-_watch = click.option(
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line each time."
+)
+watch_option = click.option(
     "--watch",
     type=Seconds(0.1),
     metavar="SECONDS",
     help="Look again every so often, until Ctrl-C.",
 )
+
+exact_option = click.option("--exact", is_flag=True, help="Count every job, however many there are.")
 
 
 @click.group(
@@ -44,8 +48,8 @@ Examples:
 @click.option(
     "--limit", type=click.IntRange(1, MOST_ROWS), default=1000, show_default=True, help="So many at most."
 )
-@_watch
-@_json
+@watch_option
+@json_option
 @click.pass_obj
 def active(context: Context, limit: int, watch: float | None, as_json: bool) -> None:
     """List the jobs that workers have in hand.
@@ -64,20 +68,20 @@ Examples:
   pgqueue inspect queues --watch 2
   pgqueue inspect queues --json | jq '.[] | select(.served | not) | .queue'"""
 )
-@click.option("--exact", is_flag=True, help="Count every job, however many there are.")
-@_watch
-@_json
+@exact_option
+@watch_option
+@json_option
 @click.pass_obj
 def queues(context: Context, exact: bool, watch: float | None, as_json: bool) -> None:
     """List the queues: jobs by state, dead letters, how long the oldest ready job has waited, and workers.
 
     Large counts stop early, so that looking costs little; they are shown as ≥ (in JSON, named in at_least). A
-    queue that has ready jobs and nobody to run them is marked.
+    queue that has ready jobs and nobody to run them is marked, and so is one that is paused.
     """
     with _session(context) as session:
         repeat(
-            lambda: [_queue_document(each) for each in list_queues(session, exact=exact)],
-            _queues_table,
+            lambda: [queue_document(each) for each in list_queues(session, exact=exact)],
+            queues_table,
             watch=watch,
             as_json=as_json,
         )
@@ -105,11 +109,24 @@ def _active_table(jobs: list[ActiveJob]) -> RenderableType:
     return table(("id", "task", "queue", "state", "attempt", "worker", "age"), rows, right=("attempt", "age"))
 
 
-def _queue_document(stats: QueueStats) -> dict[str, Any]:
+def queue_document(stats: QueueStats) -> dict[str, Any]:
     return {**asdict(stats), "served": stats.served}
 
 
-def _queues_table(queues: list[dict[str, Any]]) -> RenderableType:
+def _served(queue: dict[str, Any]) -> Text:
+    if queue["pause"]:
+        return Text("paused", style="bold yellow")
+    return Text(f"{queue['workers']}") if queue["served"] else Text("nobody", style="bold red")
+
+
+def _pause_line(queue: str, pause: dict[str, Any]) -> str:
+    until = f" until {moment(pause['resume_at'])}" if pause["resume_at"] is not None else ""
+    why = f": {clean(pause['reason'])}" if pause["reason"] is not None else ""
+    who = clean(pause["by"] or pause["actor"])
+    return f"{queue} is paused since {moment(pause['since'])}{until} by {who}{why}"
+
+
+def queues_table(queues: list[dict[str, Any]]) -> RenderableType:
     if not queues:
         return Text("no queue has jobs, dead letters or workers")
     kinds = ("ready", "scheduled", "running", "dead")
@@ -118,16 +135,19 @@ def _queues_table(queues: list[dict[str, Any]]) -> RenderableType:
             queue["queue"],
             *(f"{'≥ ' if kind in queue['at_least'] else ''}{queue[kind]:,}" for kind in kinds),
             duration(queue["oldest_ready_seconds"]),
-            Text(f"{queue['workers']}") if queue["served"] else Text("nobody", style="bold red"),
+            _served(queue),
         )
         for queue in queues
     ]
     columns = ("queue", *kinds, "oldest ready", "workers")
     parts: list[RenderableType] = [table(columns, rows, right=columns[1:])]
-    lonely = [queue["queue"] for queue in queues if not queue["served"]]
+    lonely = [queue["queue"] for queue in queues if not queue["served"] and not queue["pause"]]
     if lonely:
         way = f"start a worker with -Q {','.join(lonely)}, or without -Q"
         parts.append(Text(f"\nnobody serves {', '.join(lonely)}; {way}"))
+    for queue in queues:
+        if queue["pause"]:
+            parts.append(Text(f"\n{_pause_line(queue['queue'], queue['pause'])}"))
     if any(queue["at_least"] for queue in queues):
         parts.append(Text("\n≥ counted only so far; --exact counts every job"))
     return Group(*parts)

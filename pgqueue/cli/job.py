@@ -11,7 +11,7 @@ from rich.text import Text
 from pgqueue.cli.context import Context
 from pgqueue.cli.dead import error_text, read_id, read_ids, who
 from pgqueue.cli.options import Words
-from pgqueue.cli.output import clean, clean_lines, show, show_json, table, to_json
+from pgqueue.cli.output import clean, clean_lines, moment, show, show_json, table, to_json
 from pgqueue.cli.status import ExitStatus
 from pgqueue.database import jobs
 from pgqueue.database.session import open_session
@@ -128,7 +128,7 @@ def _show(found: dict[str, Any]) -> None:
             (
                 each["attempt"],
                 each["kind"],
-                each["failed_at"].isoformat(sep=" ", timespec="seconds"),
+                moment(each["failed_at"]),
                 each["worker_id"],
                 error_text(each["error_class"], each["error_message"]),
             )
@@ -139,7 +139,7 @@ def _show(found: dict[str, Any]) -> None:
     if found["acts"]:
         acts = [
             (
-                each["at"].isoformat(sep=" ", timespec="seconds"),
+                moment(each["at"]),
                 each["details"].get("by") or each["actor"],
                 each["action"],
                 each["reason"] or "",

@@ -26,6 +26,7 @@ _COMMANDS = {
     "inspect": "pgqueue.cli.inspect:inspect",
     "job": "pgqueue.cli.job:job",
     "dead": "pgqueue.cli.dead:dead",
+    "queue": "pgqueue.cli.queue:queue",
     "schedule": "pgqueue.cli.schedule:schedule",
 }
 

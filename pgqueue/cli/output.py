@@ -8,7 +8,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from uuid import UUID
 import click
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -94,6 +96,11 @@ def shortened(value: object, length: int) -> str:
     return f"{text[: length - 1]}…" if is_terminal(sys.stdout) and len(text) > length else text
 
 
+def moment(time: datetime) -> str:
+    """`2026-01-31 09:00:00+00:00`."""
+    return time.isoformat(sep=" ", timespec="seconds")
+
+
 def duration(seconds: float | None) -> str:
     """`0.4 s`, `12 s`, `3 min`, `5 h`, `2 d`."""
     if seconds is None:
@@ -105,6 +112,22 @@ def duration(seconds: float | None) -> str:
         if seconds < most:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 86_400:.0f} d"
+
+
+def confirmed(question: str) -> bool:
+    """Ask, where there is somebody to ask; elsewhere False."""
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+        return False
+    return click.confirm(question, err=True)
+
+
+@contextmanager
+def progress_bar(words: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's stderr while the block runs; it gets what to call with each step's size."""
+    disable = not shown or not is_terminal(sys.stderr)
+    with Progress(console=Console(stderr=True), transient=True, disable=disable) as progress:
+        bar = progress.add_task(words, total=total)
+        yield lambda steps: progress.advance(bar, steps)
 
 
 def plural(count: int, noun: str) -> str:

@@ -12,10 +12,10 @@ from rich.text import Text
 
 from pgqueue.app import PgQueue
 from pgqueue.cli.context import Context
-from pgqueue.cli.dead import moment, who
+from pgqueue.cli.dead import who
 from pgqueue.cli.enqueue import read_json
 from pgqueue.cli.options import Duration, Seconds, Words
-from pgqueue.cli.output import clean, duration, repeat, show_json, table
+from pgqueue.cli.output import clean, duration, moment, repeat, show_json, table
 from pgqueue.cli.status import ExitStatus
 from pgqueue.cron import find_zone
 from pgqueue.database.schedules import ScheduleStatus, list_schedules

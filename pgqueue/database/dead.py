@@ -16,14 +16,11 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import ColumnElement, Select, Text, and_, cast, func, literal, or_, select
-from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy import ColumnElement, Text, and_, cast, func, literal, or_, select
 
 from pgqueue.database.session import Row, Session
 from pgqueue.database.tables import metadata_for
 from pgqueue.job import DeadReason, check_id
-
-_DIALECT: Any = PGDialect_psycopg()  # type: ignore[no-untyped-call]
 
 BATCH = 500
 """Letters per transaction: it holds their locks, and a wake-up waits for its end."""
@@ -118,14 +115,14 @@ def list_dead_letters(
         func.extract("epoch", func.clock_timestamp() - table.c.died_at).label("seconds"),
     ]
     found = select(*columns).where(_matches(session, where))
-    rows = _fetch(session, found.order_by(table.c.died_at.desc(), table.c.id.desc()).limit(limit))
+    rows = session.fetch(found.order_by(table.c.died_at.desc(), table.c.id.desc()).limit(limit))
     return [DeadLetter(**{**row, "seconds": float(row["seconds"])}) for row in rows]
 
 
 def count_dead_letters(session: Session, where: DeadFilter = ANY) -> int:
     """How many match."""
     count = select(func.count().label("count")).select_from(_table(session))
-    (row,) = _fetch(session, count.where(_matches(session, where)))
+    (row,) = session.fetch(count.where(_matches(session, where)))
     return int(row["count"])
 
 
@@ -231,7 +228,7 @@ def _why_not(row: Row) -> str:
 def _pages(session: Session, where: DeadFilter, limit: int | None) -> Iterator[list[str]]:
     """Ids of what matches at the start, a batch at a time, by id: what was refused is not met again."""
     table = _table(session)
-    (now,) = _fetch(session, select(func.clock_timestamp().label("now")))
+    (now,) = session.fetch(select(func.clock_timestamp().label("now")))
     until = min(where.until, now["now"]) if where.until is not None else now["now"]
     matches = _matches(session, replace(where, until=until))
     last: UUID | None = None
@@ -239,7 +236,7 @@ def _pages(session: Session, where: DeadFilter, limit: int | None) -> Iterator[l
     while left is None or left > 0:
         size = BATCH if left is None else min(BATCH, left)
         page = select(table.c.id).where(matches).order_by(table.c.id).limit(size)
-        rows = _fetch(session, page if last is None else page.where(table.c.id > last))
+        rows = session.fetch(page if last is None else page.where(table.c.id > last))
         if not rows:
             return
         last = rows[-1]["id"]
@@ -270,10 +267,3 @@ def _matches(session: Session, where: DeadFilter) -> ColumnElement[bool]:
     if where.until is not None:
         conditions.append(c.died_at <= where.until)
     return and_(literal(True), *conditions)
-
-
-def _fetch(session: Session, statement: Select[Any]) -> list[Row]:
-    """Run a select() in a transaction of its own."""
-    compiled = statement.compile(dialect=_DIALECT)
-    with session.transaction():
-        return session.execute(str(compiled), dict(compiled.params))

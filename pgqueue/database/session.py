@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg.rows import dict_row
@@ -19,6 +19,9 @@ from pgqueue.database.dsn import connect_options, one_line, unreachable
 from pgqueue.database.migrate import require_revision
 from pgqueue.database.queries import query
 from pgqueue.errors import DatabaseError, DatabaseUnavailable, PermissionDenied
+
+if TYPE_CHECKING:
+    from sqlalchemy import Select
 
 Row = dict[str, Any]
 
@@ -53,6 +56,15 @@ class Session:
     def run(self, name: str, /, **parameters: object) -> list[Row]:
         """Run one statement of `sql/` in the open transaction; its rows."""
         return self.execute(query(name, self.schema).text, parameters)
+
+    def fetch(self, statement: Select[Any]) -> list[Row]:
+        """Run a select() in a transaction of its own; its rows."""
+        from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+
+        dialect: Any = PGDialect_psycopg()  # type: ignore[no-untyped-call]
+        compiled = statement.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
+        with self.transaction():
+            return self.execute(str(compiled), dict(compiled.params))
 
     def execute(self, text: str, parameters: dict[str, Any]) -> list[Row]:
         """Run any statement in the open transaction; its rows."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from pgqueue.database.queues import Pause, list_pauses
 from pgqueue.database.session import Session
 
 COUNTED = 20_000
@@ -21,6 +22,7 @@ class QueueStats:
         oldest_ready_seconds: How long that is, by the database's clock.
         workers: Live workers that serve it.
         at_least: Names of the counts that were not counted to their end.
+        pause: None unless it is paused now.
     """
 
     queue: str
@@ -32,6 +34,7 @@ class QueueStats:
     oldest_ready_seconds: float | None
     workers: int
     at_least: frozenset[str] = field(default_factory=frozenset)
+    pause: Pause | None = None
 
     @property
     def served(self) -> bool:
@@ -93,7 +96,7 @@ class WorkerStats:
 
 
 def list_queues(session: Session, *, exact: bool = False) -> list[QueueStats]:
-    """Every queue that has jobs, dead letters or a worker, by name.
+    """Every queue that has jobs, dead letters, a worker or a pause, by name.
 
     Args:
         exact: Count every row, which takes a third of a second for a million.
@@ -101,13 +104,17 @@ def list_queues(session: Session, *, exact: bool = False) -> list[QueueStats]:
     with session.transaction(by_index=not exact):
         rows = session.run("list_queues") if exact else session.run("survey_queues", most=COUNTED)
     kinds = ("ready", "scheduled", "dead")
-    return [
+    pauses = {pause.queue: pause for pause in list_pauses(session)}
+    found = [
         QueueStats(
+            pause=pauses.pop(row["queue"], None),
             at_least=frozenset(kind for kind in kinds if row[f"{kind}_is_least"]),
             **{name: value for name, value in row.items() if not name.endswith("_is_least")},
         )
         for row in rows
     ]
+    found += [QueueStats(queue, 0, 0, 0, 0, None, None, 0, pause=pause) for queue, pause in pauses.items()]
+    return sorted(found, key=lambda stats: stats.queue)
 
 
 def list_active_jobs(session: Session, *, limit: int | None = None) -> list[ActiveJob]:

@@ -60,6 +60,7 @@ def metadata_for(schema: str = "pgqueue") -> MetaData:
         _column("install_id", Uuid, "gen_random_uuid()"),
         _column("created_at", _TIME, "now()"),
         _column("oldest_code_revision", _WORD, "'0001'"),
+        _column("paused", JSONB, "'{}'"),
         PrimaryKeyConstraint("only_row", name="meta_pkey"),
         CheckConstraint("only_row", name="meta_only_row_check"),
     )

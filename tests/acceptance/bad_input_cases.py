@@ -111,6 +111,10 @@ VALID: Mapping[str, tuple[str, ...]] = {
     "pgqueue enqueue": ("t",),
     "pgqueue dead show": (JOB,),
     "pgqueue dead requeue": ("--dry-run",),
+    "pgqueue queue pause": ("q",),
+    "pgqueue queue resume": ("q",),
+    "pgqueue queue purge": ("q", "--dry-run"),
+    "pgqueue queue move": ("q", "r", "--dry-run"),
     "pgqueue schedule add": ("n", "--task", "t", "--cron", "@daily"),
     "pgqueue schedule pause": ("n",),
     "pgqueue schedule resume": ("n",),
@@ -133,6 +137,8 @@ TEXTS: Mapping[str, Sequence[str]] = {
     "error": ("",),
     "note": (),
     "name": ("",),
+    "resume_in": ("", "soon", "0", "-1h", "2 fortnights", HUGE),
+    "resume_at": ("", "soon", "2026-01-31T09:00", "9999-12-31T23:59Z"),
     "cron": ("", "0 9 * *", "60 9 * * *", "0 9 31 2 *", "@reboot", "every day"),
     "every": ("", "soon", "5", "0", "0.5", "-1h", "2 fortnights", "400d", HUGE),
     "timezone": ("", "Mars/Olympus", "../etc", "KST9"),
@@ -194,7 +200,7 @@ def lines_of(path: tuple[str, ...], command: click.Command) -> Iterator[Line]:
             continue
         if path:
             yield line(name, names=name)  # without its value
-        for status, value in wrong_values(option, any_name=path[:1] == ("dead",)):
+        for status, value in wrong_values(option, any_name=path[0:1] in (("dead",), ("queue",))):
             yield line(name, value, status=status, names=value if shows(option, value) else "")
         yield line(
             f"{name[:-1]}={1}" if len(name) > 4 else f"{name}s=1", names=name
@@ -209,7 +215,8 @@ def lines_of(path: tuple[str, ...], command: click.Command) -> Iterator[Line]:
         yield Line((*before, *path, *valid, "more"), names="more")
     for argument in arguments:
         if argument.required:
-            yield Line((*path,), names=argument.make_metavar(click.Context(command)))
+            # The first one that is missing is named.
+            yield Line((*path,), names=arguments[0].make_metavar(click.Context(command)))
         for value in ("", "7", f"{JOB}0") if "job_id" in str(argument.name) else TEXTS[str(argument.name)]:
             yield Line((*path, "--", value))
 
@@ -218,7 +225,7 @@ def shows(option: click.Option, value: str) -> bool:
     """Whether the message has the value as it was typed: no DSN is shown, of a list the part that is wrong, of a
     number what was read, and of a long one the beginning."""
     if (
-        option.name in ("dsn", "queues", "since", "to", "every", "jitter")
+        option.name in ("dsn", "queues", "since", "to", "every", "jitter", "resume_in")
         or len(value) > 80
         or "\t" in value
         or value.startswith(("9999-", '["\\'))
@@ -340,6 +347,9 @@ UNREACHABLE = (
 )
 
 LINES: tuple[Line, ...] = (
+    Line(("queue", "pause", "q", "--for", "1h", "--until", "2099-01-31T09:00Z"), names="--until"),
+    Line(("queue", "pause", "q", "--until", "2020-01-31T09:00Z"), 1, names="2020"),
+    Line(("queue", "move", "q", "q"), names="'q'"),
     Line(("schedule", "add", "n", "--task", "t")),
     Line(("schedule", "add", "n\nm", "--task", "t", "--every", "60s")),
     Line(("schedule", "add", "n", "--task", "t", "--every", "60s", "--cron", "@daily")),
@@ -598,6 +608,15 @@ CALLS: Mapping[str, Sequence[tuple[str, str, str]]] = {
         ("app.periodic(every=60)(5)", "ConfigError", "5"),
         ("app.schedules.add('s', 'a b', every=60)", "ValueError", "a b"),
         ("app.schedules.add('', 't', every=60)", "ValueError", "''"),
+    ),
+    "app.queues": (
+        ("app.queues.pause('a b')", "ValueError", "a b"),
+        ("app.queues.pause('q', resume_in=0)", "ValueError", "resume_in"),
+        ("app.queues.pause('q', resume_in='1h')", "TypeError", "1h"),
+        ("app.queues.pause('q', resume_in=5, resume_at=datetime.now(UTC))", "ValueError", "resume_at"),
+        ("app.queues.resume(5)", "ValueError", "5"),
+        ("app.queues.move('q', 'q')", "ValueError", "'q'"),
+        ("app.queues.move('q', 'a b')", "ValueError", "a b"),
     ),
     "app.hook(…)": (
         ("app.hook('task_faild')", "ConfigError", "task_failed"),

@@ -310,6 +310,21 @@ def test_a_repeated_ack_finds_nothing(connection: Connection) -> None:
 # Claim
 
 
+def test_a_claim_leaves_paused_queues_out(connection: Connection) -> None:
+    paused, other = add(connection, queue="a"), add(connection, queue="b")
+    connection.execute("SELECT pgqueue.pause_queue('a')")
+    assert [job.id for job in claim(connection, queues=["a", "b"])] == [other]
+    connection.execute("SELECT pgqueue.resume_queue('a')")
+    assert [job.id for job in claim(connection, queues=["a", "b"])] == [paused]
+
+
+def test_a_pause_that_is_over_counts_no_more(connection: Connection) -> None:
+    job_id = add(connection, queue="a")
+    over = {"a": {"since": "2020-01-01T00:00Z", "until": "2020-01-02T00:00Z"}, "b": {}}
+    connection.execute("UPDATE pgqueue.meta SET paused = %s::jsonb", [json.dumps(over)])
+    assert [job.id for job in claim(connection, queues=["a"])] == [job_id]
+
+
 def test_a_claim_takes_a_job_for_one_more_attempt(connection: Connection) -> None:
     columns: dict[str, Any] = dict(
         queue="mail",

@@ -5,6 +5,7 @@
 -- tasks: NULL for all, else only these, or with `but` all except these: passed over, not locked, and walked over again by
 -- the next claim from the same cursor.
 -- A job that is unique until its start gives its key up.
+-- Paused queues are left out, from their next claim on. They are read through JSON because the column need not be there.
 -- A fenced or missing worker gets nothing. `least`: one row that was written with an absurd attempt must not fail the
 -- claim of its whole lane. Args are printed up to 8 kB a value, so 500 jobs stay under 8 MiB; NULL means
 -- fetch them with load_payload. `bare`: print none, when what takes a few bytes as stored would be a gigabyte (1e131071). Always one row; xmin is of the snapshot that looked. xmax: every transaction that had an id
@@ -27,6 +28,9 @@ WITH taken AS (
                  ORDER BY position LIMIT lane.most FOR UPDATE SKIP LOCKED
              ) AS found
         WHERE (SELECT NOT fenced FROM {schema}.workers WHERE id = %(worker)s::text)
+          AND lane.queue <> ALL (ARRAY(
+              SELECT p.queue FROM {schema}.meta m, jsonb_each(to_jsonb(m) -> 'paused') AS p(queue, pause)
+              WHERE (p.pause ->> 'until')::timestamptz > now() OR p.pause ->> 'until' IS NULL))
         LIMIT %(batch)s::integer
     ))
     RETURNING id, queue, priority, position, task, args, kwargs, headers, attempt, retries, max_retries, crashes, eta,
