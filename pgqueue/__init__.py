@@ -40,7 +40,7 @@ from pgqueue.errors import (
     WorkerError,
     WrongDatabase,
 )
-from pgqueue.job import Progress
+from pgqueue.job import DeadFilter, Progress
 from pgqueue.options import JobOptions
 from pgqueue.result import AsyncResult
 from pgqueue.task import Signature, Task
@@ -53,6 +53,7 @@ __all__ = [
     "ConfigError",
     "DatabaseError",
     "DatabaseUnavailable",
+    "DeadFilter",
     "DuplicateJob",
     "DuplicateTask",
     "EnqueueError",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, TypeVar, Unpac
 from pgqueue.codec import encode_plain
 from pgqueue.config import Config
 from pgqueue.database.connection import recognise_async, recognise_sync
+from pgqueue.dead_letters import DeadLetters
 from pgqueue.discovery import task_modules
 from pgqueue.enqueue import Client, build_request
 from pgqueue.errors import AppNotLoaded, ConfigError, DuplicateTask, PgQueueError, UnknownTask, shown
@@ -112,6 +113,7 @@ class PgQueue:
         self.hooks = Hooks()
         self.schedules = Schedules(self)
         self.queues = Queues(self)
+        self.dead_letters = DeadLetters(self)
         self._eager: Eager | None = None
         self.configure(
             dsn=dsn,

@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final, Literal
 
 from pgqueue.errors import shown
@@ -132,6 +132,27 @@ class JobRequest:
     on_conflict: str = "return"
     history: bool = True
     given_id: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeadFilter:
+    """Which dead letters; None means any.
+
+    Attributes:
+        queue: The queue they came from, or the dead-letter queue they lie under.
+        task: Its name.
+        reason: Why they are dead.
+        error_class: Dotted name of the last exception's class, or its last part.
+        since: Died at this time (aware) or later, or this long ago at most.
+        until: Died at this time (aware) or earlier.
+    """
+
+    queue: str | None = None
+    task: str | None = None
+    reason: DeadReason | None = None
+    error_class: str | None = None
+    since: datetime | timedelta | None = None
+    until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""`pgqueue dead`: list, show and requeue dead letters."""
+"""`pgqueue dead`: list, show, requeue and purge dead letters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.options import MOST_ROWS, Words, read_duration
+from pgqueue.cli.options import MOST_ROWS, Rate, Words, read_duration
 from pgqueue.cli.output import (
     clean,
     clean_lines,
@@ -30,10 +30,10 @@ from pgqueue.cli.output import (
 )
 from pgqueue.cli.status import ExitStatus
 from pgqueue.database import dead as letters
-from pgqueue.database.dead import ANY, BATCH, DeadFilter, Requeued
+from pgqueue.database.dead import ANY, BATCH, Requeued
 from pgqueue.database.session import Session, open_session
 from pgqueue.errors import shown
-from pgqueue.job import DEAD_REASONS, check_id
+from pgqueue.job import DEAD_REASONS, DeadFilter, check_id
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -92,6 +92,18 @@ def filters(command: Command) -> Command:
     return command
 
 
+def bulk(command: Command) -> Command:
+    """The options of acts on many."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        click.option("-y", "--yes", is_flag=True, help="Do not ask."),
+        click.option("--dry-run", is_flag=True, help="Only say how many it would be."),
+        click.option("--note", type=Words(), metavar="TEXT", help="Why you do it, for the audit log."),
+    ):
+        command = option(command)
+    return command
+
+
 @click.group(
     epilog="""\b
 Examples:
@@ -100,7 +112,7 @@ Examples:
   pgqueue dead requeue --task shop.tasks.send_email --yes"""
 )
 def dead() -> None:
-    """Jobs that will not run again by themselves: list, show and requeue them."""
+    """Jobs that will not run again by themselves: list, show, requeue and purge them."""
 
 
 @dead.command(
@@ -178,16 +190,14 @@ def show_command(context: Context, job_id: str, as_json: bool) -> int:
 Examples:
   pgqueue dead requeue 01890a5d-ac96-774b-bcce-b302099a8057 --note 'address corrected'
   pgqueue dead requeue --task shop.tasks.send_email --since 2h
-  pgqueue dead requeue --queue failed_emails --limit 100 --yes""",
+  pgqueue dead requeue --queue failed_emails --rate 20 --yes""",
 )
 @click.argument("job_ids", callback=read_ids, metavar="[ID]...", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All dead letters.")
 @filters
 @click.option("--limit", type=click.IntRange(1, MOST_ROWS), help="Requeue so many at most, by id.")
-@click.option("--note", type=Words(), metavar="TEXT", help="Why you do it, for the audit log.")
-@click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--rate", type=Rate(), metavar="NUMBER", help="Requeue so many a second at most.")
+@bulk
 @click.pass_obj
 def requeue_command(
     context: Context,
@@ -195,6 +205,7 @@ def requeue_command(
     job_ids: tuple[str, ...],
     everything: bool,
     limit: int | None,
+    rate: float | None,
     note: str | None,
     dry_run: bool,
     yes: bool,
@@ -209,7 +220,7 @@ def requeue_command(
     Exit status: 1 if an id is not a dead letter, or a job had to stay dead.
     """
     where = _filter(which)
-    _check_choice(job_ids, everything, where, limit)
+    _check_choice(job_ids, everything, where, limit=limit, rate=rate)
     with open_session(context.database, schema=context.config.schema) as session:
         if job_ids:
             return _requeue_ids(session, job_ids, note, dry_run=dry_run, as_json=as_json)
@@ -222,11 +233,78 @@ def requeue_command(
                 way = "" if dry_run or not count else "; --yes does it"
                 click.echo(f"would requeue {plural(count, 'dead letter')}{way}")
             return ExitStatus.DONE
-        done = _requeue_matching(session, where, limit, count, note)
+        with progress_bar("requeueing", count, shown=count > BATCH or rate is not None) as advance:
+            done = letters.requeue_where(
+                session, where, limit=limit, rate=rate, by=who(), reason=note, progress=advance
+            )
         return _report(done, as_json=as_json)
 
 
-def _check_choice(job_ids: tuple[str, ...], everything: bool, where: DeadFilter, limit: int | None) -> None:
+@dead.command(
+    "purge",
+    epilog="""\b
+Examples:
+  pgqueue dead purge 01890a5d-ac96-774b-bcce-b302099a8057 --note 'a test'
+  pgqueue dead purge --task shop.tasks.send_email --reason bad_payload
+  pgqueue dead purge --queue failed_emails --limit 100 --yes""",
+)
+@click.argument("job_ids", callback=read_ids, metavar="[ID]...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All dead letters.")
+@filters
+@click.option("--limit", type=click.IntRange(1, MOST_ROWS), help="Purge so many at most, by id.")
+@bulk
+@click.pass_obj
+def purge_command(
+    context: Context,
+    /,
+    job_ids: tuple[str, ...],
+    everything: bool,
+    limit: int | None,
+    note: str | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+    **which: Any,
+) -> int:
+    """Delete dead letters for good; a note of each stays in the audit log.
+
+    It asks on a terminal, and elsewhere only says how many it would purge, unless there is --yes.
+
+    Exit status: 1 if an id is not a dead letter.
+    """
+    where = _filter(which)
+    _check_choice(job_ids, everything, where, limit=limit)
+    with open_session(context.database, schema=context.config.schema) as session:
+        missing = [each for each in job_ids if letters.find_state(session, each) != "dead"]
+        matching = len(job_ids) - len(missing) if job_ids else letters.count_dead_letters(session, where)
+        count = matching if limit is None else min(matching, limit)
+        if dry_run or not count or not (yes or confirmed(f"purge {plural(count, 'dead letter')}?")):
+            if as_json:
+                show_json({"dry_run": True, "would_purge": count})
+            else:
+                way = "" if dry_run or not count else "; --yes does it"
+                click.echo(f"would purge {plural(count, 'dead letter')}{way}")
+        else:
+            with progress_bar("purging", count, shown=count > BATCH) as advance:
+                if job_ids:
+                    done = letters.purge(session, job_ids, by=who(), reason=note)
+                else:
+                    done = letters.purge_where(
+                        session, where, limit=limit, by=who(), reason=note, progress=advance
+                    )
+            missing = done.missing
+            if as_json:
+                show_json({"dry_run": False, "purged": done.ids})
+            else:
+                click.echo(f"purged {plural(len(done.ids), 'dead letter')}")
+        for job_id in missing:
+            _say_not_dead(session, job_id)
+    return ExitStatus.FAILED if missing else ExitStatus.DONE
+
+
+def _check_choice(
+    job_ids: tuple[str, ...], everything: bool, where: DeadFilter, **only_many: float | None
+) -> None:
     """Ids, or filters, or --all: UsageError unless it is exactly one of them."""
     ways = [bool(job_ids), where != ANY, everything]
     if sum(ways) != 1:
@@ -234,8 +312,9 @@ def _check_choice(job_ids: tuple[str, ...], everything: bool, where: DeadFilter,
         raise click.UsageError(
             f"{problem}: ids, or filters (--queue, --task, --reason, --error, --since), or --all"
         )
-    if job_ids and limit is not None:
-        raise click.UsageError("--limit goes with filters or --all, not with ids")
+    for name, value in only_many.items():
+        if job_ids and value is not None:
+            raise click.UsageError(f"--{name} goes with filters or --all, not with ids")
 
 
 def _requeue_ids(
@@ -255,13 +334,6 @@ def _requeue_ids(
     for job_id in missing:
         _say_not_dead(session, job_id)
     return ExitStatus.FAILED if missing or (not dry_run and status) else ExitStatus.DONE
-
-
-def _requeue_matching(
-    session: Session, where: DeadFilter, limit: int | None, count: int, note: str | None
-) -> Requeued:
-    with progress_bar("requeueing", count, shown=count > BATCH) as advance:
-        return letters.requeue_where(session, where, limit=limit, by=who(), reason=note, progress=advance)
 
 
 def _report(done: Requeued, *, as_json: bool) -> int:

@@ -21,6 +21,7 @@ class Seconds(click.FloatRange):
     """A finite number of seconds; click's own takes NaN for one in every range."""
 
     name = "seconds"
+    what = "a number of seconds"
 
     def __init__(self, min: float = 0.0, *, min_open: bool = False) -> None:
         super().__init__(min, MOST_SECONDS, min_open=min_open)
@@ -28,8 +29,18 @@ class Seconds(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
         if math.isnan(number):
-            self.fail(f"{shown(value)} is not a number of seconds", param, ctx)
+            self.fail(f"{shown(value)} is not {self.what}", param, ctx)
         return number
+
+
+class Rate(Seconds):
+    """A number a second, more than 0."""
+
+    name = "rate"
+    what = "a number"
+
+    def __init__(self) -> None:
+        super().__init__(min_open=True)
 
 
 _UNITS: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.dead import who
+from pgqueue.cli.dead import bulk, who
 from pgqueue.cli.enqueue import read_time
 from pgqueue.cli.inspect import exact_option, json_option, queue_document, queues_table, watch_option
 from pgqueue.cli.options import MOST_ROWS, Duration, Words
@@ -35,13 +35,9 @@ def read_queue(ctx: click.Context, param: click.Parameter, value: str) -> str:
 _name = click.argument("queue", callback=read_queue)
 
 
-def _bulk(command: Any) -> Any:
-    """The options of acts on many jobs."""
+def _jobs(command: Any) -> Any:
+    """The options that say which jobs."""
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-        click.option("-y", "--yes", is_flag=True, help="Do not ask."),
-        click.option("--dry-run", is_flag=True, help="Only say how many it would be."),
-        _note,
         click.option("--limit", type=click.IntRange(1, MOST_ROWS), help="So many at most, the first to run."),
         click.option("--state", type=click.Choice(WAITING), help="Only those that are in this state."),
         click.option("--task", type=Words(), metavar="NAME", help="Only jobs of this task."),
@@ -139,7 +135,8 @@ Examples:
   pgqueue queue purge email --task shop.tasks.newsletter --note 'sent by hand' --yes""",
 )
 @_name
-@_bulk
+@_jobs
+@bulk
 @click.pass_obj
 def purge_command(context: Context, /, queue: str, **given: Any) -> int:
     """Cancel the jobs that wait in a queue: they end as cancelled, in the history.
@@ -158,7 +155,8 @@ Examples:
 )
 @_name
 @click.argument("to", callback=read_queue)
-@_bulk
+@_jobs
+@bulk
 @click.pass_obj
 def move_command(context: Context, /, queue: str, to: str, **given: Any) -> int:
     """Move the jobs that wait in a queue to another one, behind those there and in their order.

@@ -1,4 +1,4 @@
-"""Dead letters: list them, show one, and put them back into their queues.
+"""Dead letters: list them, show one, put them back into their queues, or delete them.
 
 Requeueing moves a job: out of `dead_letters`, into `jobs`, with a row in `audit_log`, in one statement per
 batch. So a crash leaves each job on one side, batches before it stay done, and two requeues at once move each
@@ -9,6 +9,7 @@ reported.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -20,31 +21,11 @@ from sqlalchemy import ColumnElement, Text, and_, cast, func, literal, or_, sele
 
 from pgqueue.database.session import Row, Session
 from pgqueue.database.tables import metadata_for
-from pgqueue.job import DeadReason, check_id
+from pgqueue.errors import SchemaMismatch
+from pgqueue.job import DeadFilter, check_id
 
 BATCH = 500
 """Letters per transaction: it holds their locks, and a wake-up waits for its end."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeadFilter:
-    """Which dead letters; None means any.
-
-    Attributes:
-        queue: The queue they came from, or the dead-letter queue they lie under.
-        task: Its name.
-        reason: Why they are dead.
-        error_class: Dotted name of the last exception's class, or its last part.
-        since: Died at this time (aware) or later, or this long ago at most.
-        until: Died at this time (aware) or earlier.
-    """
-
-    queue: str | None = None
-    task: str | None = None
-    reason: DeadReason | None = None
-    error_class: str | None = None
-    since: datetime | timedelta | None = None
-    until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +48,19 @@ class DeadLetter:
     error_message: str | None
     died_at: datetime
     seconds: float
+
+
+@dataclass(slots=True)
+class Purged:
+    """What became of a purge.
+
+    Attributes:
+        ids: Jobs that nothing is left of.
+        missing: Ids that were no dead letters, or that somebody else had in hand.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +161,7 @@ def requeue_where(
     where: DeadFilter,
     *,
     limit: int | None = None,
+    rate: float | None = None,
     by: str | None = None,
     reason: str | None = None,
     progress: Callable[[int], None] = lambda count: None,
@@ -175,15 +170,76 @@ def requeue_where(
 
     Args:
         limit: So many at most.
+        rate: So many a second at most.
         progress: Called with the number of letters each batch has dealt with.
+
+    Raises:
+        ValueError: The rate is not more than 0.
     """
+    if rate is not None and not 0 < rate < float("inf"):
+        raise ValueError(f"rate must be greater than 0 a second, got {rate:g}")
     done = Requeued()
-    for ids in _pages(session, where, limit):
+    size = BATCH if rate is None else max(min(int(rate / 2), BATCH), 1)
+    began, dealt_with = time.monotonic(), 0
+    for ids in _pages(session, where, limit, size):
+        if rate is not None:
+            time.sleep(max(began + dealt_with / rate - time.monotonic(), 0.0))
         done.add(_requeue_batch(session, ids, by, reason))
+        dealt_with += len(ids)
         progress(len(ids))
     # Gone between the look and the grip: somebody else requeued or deleted them, which is no news here.
     done.missing.clear()
     return done
+
+
+def purge(
+    session: Session, job_ids: Sequence[str], *, by: str | None = None, reason: str | None = None
+) -> Purged:
+    """Delete these dead letters; a note of each stays in the audit log.
+
+    Args:
+        job_ids: UUIDs.
+        by: Who asks for it, noted in the audit log beside the database role.
+        reason: Why, noted there too.
+    """
+    done = Purged()
+    ids = list(dict.fromkeys(check_id(job_id) for job_id in job_ids))
+    for start in range(0, len(ids), BATCH):
+        batch = ids[start : start + BATCH]
+        gone = _purge_batch(session, batch, by, reason)
+        done.ids += gone
+        done.missing += sorted(set(batch) - set(gone))
+    return done
+
+
+def purge_where(
+    session: Session,
+    where: DeadFilter,
+    *,
+    limit: int | None = None,
+    by: str | None = None,
+    reason: str | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Purged:
+    """`purge` for all that match now, by id.
+
+    Args:
+        limit: So many at most.
+        progress: Called with the number of letters each batch has dealt with.
+    """
+    done = Purged()
+    for ids in _pages(session, where, limit, BATCH):
+        done.ids += _purge_batch(session, ids, by, reason)
+        progress(len(ids))
+    return done
+
+
+def _purge_batch(session: Session, ids: list[str], by: str | None, reason: str | None) -> list[str]:
+    try:
+        with session.transaction():
+            return [row["id"] for row in session.run("purge_dead_letters", ids=ids, by=by, reason=reason)]
+    except psycopg.errors.UndefinedFunction as error:
+        raise SchemaMismatch("purging needs revision 0007 of the schema; run `pgqueue migrate`") from error
 
 
 def _requeue_batch(session: Session, ids: list[str], by: str | None, reason: str | None) -> Requeued:
@@ -225,7 +281,7 @@ def _why_not(row: Row) -> str:
     return "the job that had its unique key has just ended; try again"
 
 
-def _pages(session: Session, where: DeadFilter, limit: int | None) -> Iterator[list[str]]:
+def _pages(session: Session, where: DeadFilter, limit: int | None, batch: int) -> Iterator[list[str]]:
     """Ids of what matches at the start, a batch at a time, by id: what was refused is not met again."""
     table = _table(session)
     (now,) = session.fetch(select(func.clock_timestamp().label("now")))
@@ -234,7 +290,7 @@ def _pages(session: Session, where: DeadFilter, limit: int | None) -> Iterator[l
     last: UUID | None = None
     left = limit
     while left is None or left > 0:
-        size = BATCH if left is None else min(BATCH, left)
+        size = batch if left is None else min(batch, left)
         page = select(table.c.id).where(matches).order_by(table.c.id).limit(size)
         rows = session.fetch(page if last is None else page.where(table.c.id > last))
         if not rows:

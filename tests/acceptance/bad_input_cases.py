@@ -111,6 +111,7 @@ VALID: Mapping[str, tuple[str, ...]] = {
     "pgqueue enqueue": ("t",),
     "pgqueue dead show": (JOB,),
     "pgqueue dead requeue": ("--dry-run",),
+    "pgqueue dead purge": ("--dry-run",),
     "pgqueue queue pause": ("q",),
     "pgqueue queue resume": ("q",),
     "pgqueue queue purge": ("q", "--dry-run"),
@@ -608,6 +609,12 @@ CALLS: Mapping[str, Sequence[tuple[str, str, str]]] = {
         ("app.periodic(every=60)(5)", "ConfigError", "5"),
         ("app.schedules.add('s', 'a b', every=60)", "ValueError", "a b"),
         ("app.schedules.add('', 't', every=60)", "ValueError", "''"),
+    ),
+    "app.dead_letters": (
+        ("app.dead_letters.requeue('x')", "TypeError", "'x'"),
+        ("app.dead_letters.requeue(['x'])", "ValueError", "'x'"),
+        ("app.dead_letters.requeue(['x'], rate=5)", "ValueError", "rate"),
+        ("app.dead_letters.list(5)", "TypeError", "5"),
     ),
     "app.queues": (
         ("app.queues.pause('a b')", "ValueError", "a b"),

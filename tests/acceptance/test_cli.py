@@ -48,6 +48,7 @@ COMMANDS = [
     ["dead", "list"],
     ["dead", "show"],
     ["dead", "requeue"],
+    ["dead", "purge"],
     ["queue"],
     ["queue", "list"],
     ["queue", "pause"],
@@ -267,6 +268,9 @@ BAD_INPUT = [
     (["dead", "requeue", "--all", "--queue", "a"], "exclude each other"),
     (["dead", "requeue", SOME_ID, "--all"], "exclude each other"),
     (["dead", "requeue", SOME_ID, "--limit", "1"], "--limit goes with filters"),
+    (["dead", "requeue", SOME_ID, "--rate", "1"], "--rate goes with filters"),
+    (["dead", "purge"], "say which: ids, or filters"),
+    (["dead", "purge", SOME_ID, "--limit", "1"], "--limit goes with filters"),
     (["inspect", "queues", "--watch", "0"], "0.0 is not in the range"),
     (["inspect", "nothing"], "No such command 'nothing'"),
     (["nothing"], "No such command 'nothing'"),
@@ -473,6 +477,37 @@ NOT_DEAD = {
     "succeeded": "is succeeded, not dead",
     "unknown": "never committed, pruned",
 }
+
+
+def test_dead_requeue_at_a_rate(pgqueue: Command, queue: Queue) -> None:
+    """Spread over time: with twenty a second the last of sixty waits until five sixths of three seconds."""
+    for _ in range(60):
+        queue.bury()
+    said = pgqueue("dead", "requeue", "--all", "--rate", "20", "--yes")
+    assert said.out == "requeued 60 dead letters\n"
+    (row,) = queue.sql("select max(at) - min(at) as took from pgqueue.audit_log")
+    assert row["took"].total_seconds() > 2.4
+
+
+def test_dead_purge_by_id_and_by_filter(pgqueue: Command, queue: Queue) -> None:
+    one, others = queue.bury(), [queue.bury(queue="other") for _ in range(3)]
+    never = new_id()
+    assert pgqueue("dead", "purge", one).out == "would purge 1 dead letter; --yes does it\n"
+    assert pgqueue("dead", "purge", "--all", "--json").json == {"dry_run": True, "would_purge": 4}
+    said = pgqueue("dead", "purge", one, never, "--note", "a test", "--yes")
+    assert (said.status, said.out) == (1, "purged 1 dead letter\n")
+    assert f"no job {never}: never committed" in said.err
+    said = pgqueue("dead", "purge", "--queue", "other", "--limit", "2", "--yes", "--json")
+    assert (said.status, said.json["purged"]) == (0, sorted(others)[:2])
+    assert queue.ids("dead_letters") == sorted(others)[2:]
+    acts = queue.sql("select * from pgqueue.audit_log order by id")
+    assert [(act["action"], str(act["job_id"])) for act in acts] == [
+        ("purge_dead_letter", each) for each in (one, *sorted(others)[:2])
+    ]
+    assert acts[0]["reason"] == "a test"
+    assert acts[0]["details"]["before"]["task"] == "tasks.send"
+    assert "@" in acts[0]["details"]["by"]
+    assert queue.sql("select count(*) as kept from pgqueue.failures where job_id = %s", one)[0]["kept"] == 1
 
 
 @pytest.mark.parametrize("state", NOT_DEAD)

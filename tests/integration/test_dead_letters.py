@@ -14,8 +14,8 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
+from pgqueue import DeadFilter, PgQueue, SchemaMismatch
 from pgqueue.database.dead import (
-    DeadFilter,
     Requeued,
     count_dead_letters,
     find_state,
@@ -24,6 +24,7 @@ from pgqueue.database.dead import (
     requeue_where,
     show_dead_letter,
 )
+from pgqueue.database.migrate import upgrade
 from pgqueue.database.queries import query
 from pgqueue.database.session import Session, open_session
 from pgqueue.job import new_id
@@ -110,6 +111,11 @@ class Queue:
 def queue(db: str) -> Iterator[Queue]:
     with psycopg.connect(db, autocommit=True, row_factory=dict_row) as connection:
         yield Queue(connection)
+
+
+@pytest.fixture
+def api(db: str) -> PgQueue:
+    return PgQueue("operator", dsn=db)
 
 
 @pytest.fixture
@@ -411,3 +417,95 @@ def test_a_letter_is_shown_with_all_its_failed_attempts(queue: Queue, session: S
     assert letter["traceback"] == LETTER["traceback"]
     assert [failure["attempt"] for failure in letter["failures"]] == [1, 2]
     assert show_dead_letter(session, new_id()) is None
+
+
+# The same from SQL and from Python.
+
+
+def test_requeue_from_sql_is_the_same(queue: Queue, session: Session) -> None:
+    """Column by column, as the library's own statement leaves them."""
+    by_library, by_sql = queue.bury(), queue.bury()
+    requeue(session, [by_library], by="ann", reason="mended")
+    answer = queue.sql(
+        "select * from pgqueue.requeue(%(ids)s::uuid[], 'mended', 'ann')", ids=[by_sql, new_id()]
+    )
+    assert [(str(row["id"]), row["requeued"]) for row in answer] == [(by_sql, True)]
+    one, other = queue.job(by_library), queue.job(by_sql)
+    assert other["position"] > one["position"]
+    for row in (one, other):
+        del row["id"], row["position"]
+    assert one == other
+    first, second = queue.sql(
+        "select action, actor, queue, reason, details from pgqueue.audit_log order by id"
+    )
+    for note in (first, second):
+        del note["details"]["died_at"]
+    assert first == second
+
+
+def test_requeue_from_sql_with_any_condition(queue: Queue) -> None:
+    holder = queue.add(unique_key="k")
+    taken, free, other = queue.bury(unique_key="k"), queue.bury(), queue.bury(queue="other")
+    answer = queue.sql(
+        "select r.* from"
+        " (select array_agg(id) as ids from pgqueue.dead_letters where queue = 'email') as these,"
+        " pgqueue.requeue(these.ids, 'mended') as r"
+    )
+    assert {str(row["id"]): row["requeued"] for row in answer} == {taken: False, free: True}
+    assert queue.ids("dead_letters") == sorted([taken, other])
+    assert queue.ids("jobs") == sorted([holder, free])
+    assert len(queue.sql("select id from pgqueue.audit_log")) == 1
+    assert queue.sql("select * from pgqueue.requeue(null)") == []
+
+
+def test_purge_from_sql(queue: Queue) -> None:
+    gone, kept = queue.bury(), queue.bury(queue="other")
+    answer = queue.sql(
+        "select pgqueue.purge_dead_letters(array_agg(id), 'obsolete', 'ann') as id from pgqueue.dead_letters"
+        " where queue = 'email'"
+    )
+    assert [str(row["id"]) for row in answer] == [gone]
+    assert queue.ids("dead_letters") == [kept]
+    (note,) = queue.sql("select * from pgqueue.audit_log")
+    assert (note["action"], note["reason"], note["details"]["by"]) == ("purge_dead_letter", "obsolete", "ann")
+    assert note["details"]["before"]["error_class"] == "smtplib.SMTPServerDisconnected"
+    assert "args" not in note["details"]["before"]
+
+
+def test_from_python(queue: Queue, api: PgQueue) -> None:
+    one, two, three = queue.bury(), queue.bury(queue="other"), queue.bury(queue="other")
+    assert api.dead_letters.count() == 3
+    assert {letter.id for letter in api.dead_letters.list(DeadFilter(queue="other"))} == {two, three}
+    shown = api.dead_letters.show(one)
+    assert shown is not None
+    assert shown["traceback"] == "Traceback: lost"
+    assert api.dead_letters.show(new_id()) is None
+    assert api.dead_letters.requeue([one], by="ann", reason="mended").ids == [one]
+    done = api.dead_letters.requeue(DeadFilter(queue="other"), limit=1, rate=100)
+    assert done.ids == [two]
+    assert api.dead_letters.purge(DeadFilter(), reason="obsolete").ids == [three]
+    assert api.dead_letters.purge([three]).missing == [three]
+    assert queue.ids("jobs") == sorted([one, two])
+
+
+def test_wrong_choices_from_python(api: PgQueue) -> None:
+    with pytest.raises(TypeError, match="give a list of job ids or a DeadFilter, got 'x'"):
+        api.dead_letters.requeue("x")
+    with pytest.raises(TypeError, match="dead letters are chosen by a DeadFilter, got 5"):
+        api.dead_letters.list(5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="limit and rate go with a DeadFilter, not with ids"):
+        api.dead_letters.requeue([new_id()], rate=5)
+    for rate in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="rate must be greater than 0 a second"):
+            api.dead_letters.requeue(DeadFilter(), rate=rate)
+    with pytest.raises(ValueError, match="job_id must be a UUID"):
+        api.dead_letters.purge(["7"])
+
+
+def test_purging_needs_its_revision(fresh_dsn: str) -> None:
+    """Requeueing does not: it works as before."""
+    upgrade(fresh_dsn, revision="0006")
+    api = PgQueue("operator", dsn=fresh_dsn)
+    assert api.dead_letters.requeue([new_id()]).ids == []
+    with pytest.raises(SchemaMismatch, match="purging needs revision 0007 of the schema"):
+        api.dead_letters.purge([new_id()])
