@@ -37,7 +37,7 @@ from pgqueue.options import (
 from pgqueue.queues import Queues
 from pgqueue.result import AsyncResult
 from pgqueue.retry import RetryPolicy
-from pgqueue.schedules import Decorated, Schedules
+from pgqueue.schedules import Decorated, Schedules, SchedulesInCode
 from pgqueue.task import (
     AsyncConnection,
     AsyncTask,
@@ -111,9 +111,7 @@ class PgQueue:
         self._routes: dict[str, TaskRoute] = {}
         self.session_factory: Callable[..., Any] | None = None
         self.hooks = Hooks()
-        self.schedules = Schedules(self)
-        self.queues = Queues(self)
-        self.dead_letters = DeadLetters(self)
+        self._schedules_in_code = SchedulesInCode()
         self._eager: Eager | None = None
         self.configure(
             dsn=dsn,
@@ -246,7 +244,7 @@ class PgQueue:
         own = {key: value for key, value in options.items() if key not in ("name", "bind")}
         task: Task[..., Any] = kind(self, function, name=name, bound=options["bind"], options=own)
         self._tasks[name] = task
-        self.schedules.adopt(task)
+        self._schedules_in_code.adopt(task)
         return task
 
     def periodic(
@@ -285,7 +283,7 @@ class PgQueue:
         """
         own: dict[str, Any] = {"cron": cron, "every": every, "timezone": timezone, "name": name, "args": args}
         own |= {"kwargs": kwargs, "catch_up": catch_up, "overlap": overlap, "jitter": jitter}
-        return self.schedules.periodic({**own, **options})
+        return self._schedules_in_code.periodic({**own, **options})
 
     def send_task(
         self,
@@ -391,6 +389,24 @@ class PgQueue:
             yield
         finally:
             self._eager = before
+
+    # Made anew each time: what an application holds must not hold the application, whose connections are
+    # closed as soon as nobody has it.
+
+    @property
+    def schedules(self) -> Schedules:
+        """Recurring jobs, to see and to change at run time."""
+        return Schedules(self, self._schedules_in_code)
+
+    @property
+    def queues(self) -> Queues:
+        """Queues, to see, pause, empty and move."""
+        return Queues(self)
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """Dead letters, to see, requeue and purge."""
+        return DeadLetters(self)
 
     def open_session(self) -> AbstractContextManager[Session]:
         """A connection to the queue's database for what people do, see `pgqueue.database.session`."""

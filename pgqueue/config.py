@@ -191,10 +191,13 @@ class Config:
         """Seconds between an idle worker's looks; `hears`: notifications reach it."""
         return self.poll_interval or (_POLL if hears else _POLL_DEAF)
 
+    def shown(self) -> dict[str, Any]:
+        """The settings by name, without passwords."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return values | {"dsn": self.masked_dsn, "listen_dsn": _masked(self.listen_dsn)}
+
     def __repr__(self) -> str:
-        shown = {each.name: getattr(self, each.name) for each in fields(self)}
-        shown |= {"dsn": self.masked_dsn, "listen_dsn": _masked(self.listen_dsn)}
-        return f"Config({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        return f"Config({', '.join(f'{name}={value!r}' for name, value in self.shown().items())})"
 
 
 def _masked(dsn: str | None) -> str | None:

@@ -82,11 +82,10 @@ class _Periodic:
         )
 
 
-class Schedules:
-    """The schedules of an application: `app.schedules`."""
+class SchedulesInCode:
+    """What `@app.periodic` says in an application's code."""
 
-    def __init__(self, app: Application) -> None:
-        self._app = app
+    def __init__(self) -> None:
         self._waiting: list[tuple[object, _Periodic]] = []
         self._in_code: dict[str, tuple[str, _Periodic]] = {}
 
@@ -130,14 +129,26 @@ class Schedules:
             raise ConfigError(f"@app.periodic of {task.name}: {error}") from error
         self._in_code[name] = (task.name, periodic)
 
-    def in_code(self) -> list[Schedule]:
-        """Those in the application's code, by name; ConfigError if one belongs to no task."""
+    def definitions(self) -> list[tuple[str, _Periodic]]:
+        """Tasks and what is said of them, by the schedules' names; ConfigError if one belongs to no task."""
         if self._waiting:
             names = ", ".join(getattr(each, "__qualname__", "?") for each, _ in self._waiting)
             raise ConfigError(f"@app.periodic needs a task: write @app.task above it ({names})")
+        return [definition for _, definition in sorted(self._in_code.items())]
+
+
+class Schedules:
+    """The schedules of an application: `app.schedules`."""
+
+    def __init__(self, app: Application, in_code: SchedulesInCode) -> None:
+        self._app = app
+        self._in_code = in_code
+
+    def in_code(self) -> list[Schedule]:
+        """Those in the application's code, by name; ConfigError if one belongs to no task."""
         return [
             periodic.schedule(task, self._app.encode(task, periodic.args, periodic.kwargs, periodic.options))
-            for _, (task, periodic) in sorted(self._in_code.items())
+            for task, periodic in self._in_code.definitions()
         ]
 
     def add(

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.options import MOST_ROWS, Rate, Words, read_duration
+from pgqueue.cli.options import MOST_ROWS, Rate, Words, json_option, note_option, read_duration
 from pgqueue.cli.output import (
     clean,
     clean_lines,
@@ -95,10 +95,10 @@ def filters(command: Command) -> Command:
 def bulk(command: Command) -> Command:
     """The options of acts on many."""
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+        json_option,
         click.option("-y", "--yes", is_flag=True, help="Do not ask."),
         click.option("--dry-run", is_flag=True, help="Only say how many it would be."),
-        click.option("--note", type=Words(), metavar="TEXT", help="Why you do it, for the audit log."),
+        note_option,
     ):
         command = option(command)
     return command
@@ -127,7 +127,7 @@ Examples:
 @click.option(
     "--limit", type=click.IntRange(1, MOST_ROWS), default=50, show_default=True, help="Show so many at most."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_obj
 def list_command(context: Context, /, limit: int, as_json: bool, **which: Any) -> None:
     """List dead letters, the last that died first."""
@@ -165,7 +165,7 @@ Examples:
   pgqueue dead show 01890a5d-ac96-774b-bcce-b302099a8057 --json | jq .kwargs""",
 )
 @click.argument("job_id", callback=read_id, metavar="ID")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_obj
 def show_command(context: Context, job_id: str, as_json: bool) -> int:
     """Show one dead letter: arguments, error, traceback and each failed attempt.

@@ -11,54 +11,190 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.options import MOST_ROWS, Seconds
-from pgqueue.cli.output import clean, duration, moment, repeat, table
+from pgqueue.cli.options import MOST_ROWS, json_option, watch_option
+from pgqueue.cli.output import clean, duration, moment, repeat, table, to_json
 from pgqueue.database.session import Session, open_session
-from pgqueue.database.stats import ActiveJob, QueueStats, list_active_jobs, list_queues
-
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print JSON; with --watch, a line each time."
-)
-watch_option = click.option(
-    "--watch",
-    type=Seconds(0.1),
-    metavar="SECONDS",
-    help="Look again every so often, until Ctrl-C.",
+from pgqueue.database.stats import (
+    ActiveJob,
+    QueueStats,
+    ScheduledJob,
+    WorkerFacts,
+    WorkerStats,
+    list_active_jobs,
+    list_queues,
+    list_scheduled_jobs,
+    list_worker_facts,
+    list_workers,
+    number_or_none,
+    worker_state,
 )
 
 exact_option = click.option("--exact", is_flag=True, help="Count every job, however many there are.")
+
+
+_limit = click.option(
+    "--limit", type=click.IntRange(1, MOST_ROWS), default=1000, show_default=True, help="So many at most."
+)
 
 
 @click.group(
     epilog="""\b
 Examples:
   pgqueue inspect queues
-  pgqueue inspect active --watch 2"""
+  pgqueue inspect active --watch 2
+  pgqueue inspect workers --json"""
 )
 def inspect() -> None:
-    """See what runs and what waits. Works when workers are busy or gone."""
+    """See what runs, what waits and who works. It asks the database: workers may be busy or gone."""
 
 
 @inspect.command(
     epilog="""\b
 Examples:
   pgqueue inspect active
-  pgqueue inspect active --json | jq '.[] | select(.active) | .task'"""
+  pgqueue inspect active --json | jq '.[] | select(.seconds > 60) | .task'"""
 )
-@click.option(
-    "--limit", type=click.IntRange(1, MOST_ROWS), default=1000, show_default=True, help="So many at most."
-)
+@_limit
 @watch_option
 @json_option
 @click.pass_obj
 def active(context: Context, limit: int, watch: float | None, as_json: bool) -> None:
-    """List the jobs that workers have in hand.
+    """List the jobs that are known to have been running for more than a second, the oldest first.
 
-    active: known to have been running for more than a second. reserved: claimed, and perhaps not yet started.
     The age counts from the claim.
     """
     with _session(context) as session:
-        repeat(lambda: list_active_jobs(session, limit=limit), _active_table, watch=watch, as_json=as_json)
+        repeat(
+            lambda: list_active_jobs(session, limit=limit),
+            lambda found: _claimed_table(found, "no job has been running for more than a second"),
+            watch=watch,
+            as_json=as_json,
+        )
+
+
+@inspect.command(
+    epilog="""\b
+Examples:
+  pgqueue inspect reserved
+  pgqueue inspect reserved --watch 1"""
+)
+@_limit
+@watch_option
+@json_option
+@click.pass_obj
+def reserved(context: Context, limit: int, watch: float | None, as_json: bool) -> None:
+    """List the jobs that workers have claimed and that have just started, or not yet.
+
+    Their worker is "gone" if it has no row: they are about to be rescued.
+    """
+    with _session(context) as session:
+        repeat(
+            lambda: list_active_jobs(session, active=False, limit=limit),
+            lambda found: _claimed_table(found, "no job is claimed that is not active"),
+            watch=watch,
+            as_json=as_json,
+        )
+
+
+@inspect.command(
+    epilog="""\b
+Examples:
+  pgqueue inspect scheduled
+  pgqueue inspect scheduled --limit 10 --json | jq '.[].eta'"""
+)
+@_limit
+@watch_option
+@json_option
+@click.pass_obj
+def scheduled(context: Context, limit: int, watch: float | None, as_json: bool) -> None:
+    """List the jobs that wait for their time or for a retry, the next first."""
+    with _session(context) as session:
+        repeat(
+            lambda: list_scheduled_jobs(session, limit=limit), _scheduled_table, watch=watch, as_json=as_json
+        )
+
+
+@inspect.command(
+    epilog="""\b
+Examples:
+  pgqueue inspect workers
+  pgqueue inspect workers --json | jq '.[] | select(.state != "ready") | .id'"""
+)
+@watch_option
+@json_option
+@click.pass_obj
+def workers(context: Context, watch: float | None, as_json: bool) -> None:
+    """List the workers: where they are, what they serve, and how long ago they were heard of.
+
+    ready; starting; draining: asked to stop; no executors; stuck: a claim has been due for over 30 seconds;
+    silent: not heard of for as long; fenced: judged lost by the others, which run its jobs.
+    """
+    with _session(context) as session:
+        repeat(
+            lambda: [_worker_document(each) for each in list_workers(session)],
+            _workers_table,
+            watch=watch,
+            as_json=as_json,
+        )
+
+
+@inspect.command(
+    epilog="""\b
+Examples:
+  pgqueue inspect stats
+  pgqueue inspect stats --json | jq 'map(.succeeded) | add'"""
+)
+@watch_option
+@json_option
+@click.pass_obj
+def stats(context: Context, watch: float | None, as_json: bool) -> None:
+    """Show what each worker has done since it started: its own count, as of its last heartbeat."""
+    with _session(context) as session:
+        repeat(
+            lambda: [_stats_document(each) for each in list_workers(session) if not each.fenced],
+            _stats_table,
+            watch=watch,
+            as_json=as_json,
+        )
+
+
+@inspect.command(
+    epilog="""\b
+Examples:
+  pgqueue inspect registered
+  pgqueue inspect registered --json | jq '.[] | select(.workers == []) | .task'"""
+)
+@watch_option
+@json_option
+@click.pass_obj
+def registered(context: Context, watch: float | None, as_json: bool) -> None:
+    """List the tasks that workers know, and which workers do.
+
+    With -A those of the application too, also if no worker knows them.
+    """
+    names = sorted(context.app.tasks) if context.app is not None else []
+    with _session(context) as session:
+        repeat(
+            lambda: _registered(list_worker_facts(session), names),
+            _registered_table,
+            watch=watch,
+            as_json=as_json,
+        )
+
+
+@inspect.command(
+    epilog="""\b
+Examples:
+  pgqueue inspect conf
+  pgqueue inspect conf --json | jq '.[].conf.lease'"""
+)
+@watch_option
+@json_option
+@click.pass_obj
+def conf(context: Context, watch: float | None, as_json: bool) -> None:
+    """Show how each worker is set, without passwords; where they differ, the lines are marked."""
+    with _session(context) as session:
+        repeat(lambda: list_worker_facts(session), _conf_table, watch=watch, as_json=as_json)
 
 
 @inspect.command(
@@ -91,22 +227,120 @@ def _session(context: Context) -> AbstractContextManager[Session]:
     return open_session(context.database, schema=context.config.schema)
 
 
-def _active_table(jobs: list[ActiveJob]) -> RenderableType:
+def _where(host: str | None, pid: int | None) -> str:
+    return f"{host}:{pid}" if host is not None else "gone"
+
+
+def _claimed_table(jobs: list[ActiveJob], nothing: str) -> RenderableType:
     if not jobs:
-        return Text("no jobs are running")
+        return Text(nothing)
+    rows = [
+        (job.id, job.task, job.queue, job.attempt, _where(job.host, job.pid), duration(job.seconds))
+        for job in jobs
+    ]
+    return table(("id", "task", "queue", "attempt", "worker", "age"), rows, right=("attempt", "age"))
+
+
+def _scheduled_table(jobs: list[ScheduledJob]) -> RenderableType:
+    if not jobs:
+        return Text("no job waits for its time")
     rows = [
         (
             job.id,
             job.task,
             job.queue,
-            "active" if job.active else "reserved",
-            job.attempt,
-            f"{job.host}:{job.pid}" if job.host is not None else "gone",
-            duration(job.seconds),
+            moment(job.eta),
+            f"in {duration(job.seconds)}" if job.seconds > 0 else "now",
+            f"retry {job.retries}" if job.retries else "eta",
         )
         for job in jobs
     ]
-    return table(("id", "task", "queue", "state", "attempt", "worker", "age"), rows, right=("attempt", "age"))
+    return table(("id", "task", "queue", "eta", "due", "why"), rows, right=("due",))
+
+
+def _worker_document(worker: WorkerStats) -> dict[str, Any]:
+    return {**asdict(worker), "state": worker_state(worker)}
+
+
+def _workers_table(workers: list[dict[str, Any]]) -> RenderableType:
+    if not workers:
+        return Text("no worker is there; `pgqueue worker` starts one")
+    rows = [
+        (
+            worker["id"],
+            Text(worker["state"], style="" if worker["state"] == "ready" else "bold red"),
+            ",".join(worker["queues"]) or "(all)",
+            worker["pool"],
+            worker["concurrency"],
+            worker["running"],
+            duration(worker["beat_ago"]),
+            duration(worker["seconds"]),
+            worker["version"],
+        )
+        for worker in workers
+    ]
+    columns = ("id", "state", "queues", "pool", "size", "running", "heard of", "up", "version")
+    return table(columns, rows, right=("size", "running", "heard of", "up"))
+
+
+_COUNTS = ("succeeded", "failed", "crashed", "stale_acks")
+
+
+def _stats_document(worker: WorkerStats) -> dict[str, Any]:
+    known = ("id", "host", "pid", "pool", "concurrency", "running", "started_at", "seconds")
+    counts = {name: number_or_none(worker.stats.get(name)) or 0 for name in _COUNTS}
+    executors = number_or_none(worker.stats.get("executors"))
+    return {**{name: getattr(worker, name) for name in known}, "executors": executors, **counts}
+
+
+def _stats_table(workers: list[dict[str, Any]]) -> RenderableType:
+    if not workers:
+        return Text("no worker is there; `pgqueue worker` starts one")
+    rows: list[tuple[object, ...]] = [
+        (each["id"], duration(each["seconds"]), each["running"], *(f"{each[name]:,}" for name in _COUNTS))
+        for each in workers
+    ]
+    if len(workers) > 1:
+        totals = (f"{sum(each[name] for each in workers):,}" for name in _COUNTS)
+        rows.append(("together", "", sum(each["running"] for each in workers), *totals))
+    columns = ("id", "up", "running", "succeeded", "failed", "crashed", "stale acks")
+    return table(columns, rows, right=columns[1:])
+
+
+def _registered(workers: list[WorkerFacts], names: list[str]) -> list[dict[str, Any]]:
+    known = sorted({*names, *(task for worker in workers for task in worker.tasks)})
+    return [
+        {"task": task, "workers": [worker.id for worker in workers if task in worker.tasks]} for task in known
+    ]
+
+
+def _registered_table(tasks: list[dict[str, Any]]) -> RenderableType:
+    if not tasks:
+        return Text("no worker is there; `pgqueue worker` starts one")
+    rows = [
+        (
+            each["task"],
+            ", ".join(each["workers"]) if each["workers"] else Text("no worker knows it", style="bold red"),
+        )
+        for each in tasks
+    ]
+    return table(("task", "workers"), rows)
+
+
+def _conf_table(workers: list[WorkerFacts]) -> RenderableType:
+    if not workers:
+        return Text("no worker is there; `pgqueue worker` starts one")
+    names = sorted({name for worker in workers for name in worker.conf})
+    rows = []
+    for name in names:
+        values = [to_json(worker.conf.get(name)) for worker in workers]
+        differs = len(set(values)) > 1
+        rows.append((Text(name, style="bold red" if differs else ""), *(values if differs else values[:1])))
+    columns = ("setting", *(worker.id for worker in workers))
+    if all(len(row) == 2 for row in rows):
+        columns = ("setting", "value" if len(workers) > 1 else workers[0].id)
+    wide = [row if len(row) == len(columns) else (*row, *["="] * (len(columns) - len(row))) for row in rows]
+    return table(columns, wide)
 
 
 def queue_document(stats: QueueStats) -> dict[str, Any]:

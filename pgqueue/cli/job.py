@@ -10,14 +10,12 @@ from rich.text import Text
 
 from pgqueue.cli.context import Context
 from pgqueue.cli.dead import error_text, read_id, read_ids, who
-from pgqueue.cli.options import Words
+from pgqueue.cli.options import json_option, note_option
 from pgqueue.cli.output import clean, clean_lines, moment, show, show_json, table, to_json
 from pgqueue.cli.status import ExitStatus
 from pgqueue.database import jobs
 from pgqueue.database.session import open_session
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_note = click.option("--note", type=Words(), metavar="TEXT", help="Why you do it, for the audit log.")
 _TALL = ("failures", "acts", "traceback")
 
 
@@ -40,7 +38,7 @@ Examples:
   pgqueue job show 01890a5d-ac96-774b-bcce-b302099a8057 --json | jq .state""",
 )
 @click.argument("job_id", callback=read_id, metavar="ID")
-@_json
+@json_option
 @click.pass_obj
 def show_command(context: Context, job_id: str, as_json: bool) -> int:
     """Show one job: its state, times and arguments, each failed attempt, and what people did to it."""
@@ -64,8 +62,8 @@ Examples:
   pgqueue job cancel 01890a5d-ac96-774b-bcce-b302099a8057 --note 'order withdrawn' --json""",
 )
 @click.argument("job_ids", callback=read_ids, metavar="ID...", nargs=-1, required=True)
-@_note
-@_json
+@note_option
+@json_option
 @click.pass_obj
 def cancel_command(context: Context, job_ids: tuple[str, ...], note: str | None, as_json: bool) -> int:
     """Cancel jobs: one that waits will not run, one that runs is told to end, and is not retried.
@@ -96,7 +94,7 @@ Examples:
   pgqueue job retry 01890a5d-ac96-774b-bcce-b302099a8057 --note 'address corrected'""",
 )
 @click.argument("job_id", callback=read_id, metavar="ID")
-@_note
+@note_option
 @click.pass_obj
 def retry_command(context: Context, job_id: str, note: str | None) -> int:
     """Have a job run now: a dead letter, or one that waits for its time or its retry.

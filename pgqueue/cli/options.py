@@ -9,6 +9,7 @@ from typing import Any, Final
 import click
 
 from pgqueue.errors import shown
+from pgqueue.job import check_queue
 
 MOST_ROWS: Final = 1_000_000_000
 """The largest --limit: what Postgres counts with has room for more."""
@@ -81,3 +82,21 @@ class Words(click.ParamType[str]):
         except UnicodeEncodeError:
             self.fail(f"must be text in UTF-8, got {shown(text)}", param, ctx)
         return text
+
+
+def read_queue(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A queue's name."""
+    try:
+        return None if value is None else check_queue(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+note_option = click.option("--note", type=Words(), metavar="TEXT", help="Why you do it, for the audit log.")
+watch_option = click.option(
+    "--watch",
+    type=Seconds(0.1),
+    metavar="SECONDS",
+    help="Look again every so often, until Ctrl-C; with --json, a line each time.",
+)

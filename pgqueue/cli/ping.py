@@ -14,27 +14,18 @@ import click
 from rich.text import Text
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.options import Seconds
+from pgqueue.cli.options import Seconds, read_queue
 from pgqueue.cli.output import clean, duration, show, show_json, table
 from pgqueue.cli.status import ExitStatus
 from pgqueue.database.session import open_session
-from pgqueue.database.stats import WorkerStats, list_workers
+from pgqueue.database.stats import WorkerStats, list_workers, number_or_none, worker_state
 from pgqueue.errors import ConfigError, DatabaseUnavailable, SchemaMismatch
-from pgqueue.job import check_queue
 
 PORT_TIMEOUT: Final = 2.0
 """Seconds for a health port to answer."""
 ANSWER_LIMIT: Final = 1 << 16
 LOOK_AGAIN: Final = 0.5
 """Seconds between looks with --wait."""
-
-
-def read_queue(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """A queue's name."""
-    try:
-        return None if value is None else check_queue(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -188,7 +179,7 @@ _WAYS: Final = {
 
 def _document(worker: WorkerStats, max_age: float) -> dict[str, Any]:
     said = worker.stats
-    state = _state(worker, max_age)
+    state = worker_state(worker, max_age)
     return {
         "id": worker.id,
         "state": state,
@@ -198,30 +189,14 @@ def _document(worker: WorkerStats, max_age: float) -> dict[str, Any]:
         "pid": worker.pid,
         "queues": worker.queues,
         "beat_ago": round(worker.beat_ago, 1),
-        "last_claim_ago": _number(said.get("last_claim_ago")),
-        "claim_due_for": _number(said.get("claim_due_for")),
-        "executors": _number(said.get("executors")),
+        "last_claim_ago": number_or_none(said.get("last_claim_ago")),
+        "claim_due_for": number_or_none(said.get("claim_due_for")),
+        "executors": number_or_none(said.get("executors")),
         "concurrency": worker.concurrency,
         "running": worker.running,
         "version": worker.version,
         "started_at": worker.started_at,
     }
-
-
-def _state(worker: WorkerStats, max_age: float) -> str:
-    """One word, or two, for how a worker is. A worker of an older release says less, and is believed more."""
-    said = worker.stats
-    if worker.fenced:
-        return "fenced"
-    if worker.beat_ago > max_age:
-        return "silent"
-    if (_number(said.get("claim_due_for")) or 0.0) > max_age:
-        return "stuck"
-    if not said:
-        return "starting"
-    if said.get("draining"):
-        return "draining"
-    return "no executors" if said.get("executors") == 0 else "ready"
 
 
 def _described(document: dict[str, Any], max_age: float) -> str:
@@ -232,11 +207,6 @@ def _described(document: dict[str, Any], max_age: float) -> str:
     return {"no executors": "without executors", "starting": "only starting"}.get(
         document["state"], str(document["state"])
     )
-
-
-def _number(value: object) -> float | None:
-    """What a worker has written may be anything."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def ask_port(host: str, port: int, *, ready: bool) -> Seen:

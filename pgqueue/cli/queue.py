@@ -10,27 +10,15 @@ import click
 from pgqueue.cli.context import Context
 from pgqueue.cli.dead import bulk, who
 from pgqueue.cli.enqueue import read_time
-from pgqueue.cli.inspect import exact_option, json_option, queue_document, queues_table, watch_option
-from pgqueue.cli.options import MOST_ROWS, Duration, Words
+from pgqueue.cli.inspect import exact_option, queue_document, queues_table
+from pgqueue.cli.options import MOST_ROWS, Duration, Words, json_option, note_option, read_queue, watch_option
 from pgqueue.cli.output import confirmed, moment, plural, progress_bar, repeat, show_json
 from pgqueue.cli.status import ExitStatus
 from pgqueue.database import queues
 from pgqueue.database.queues import BATCH, WAITING, Waiting
 from pgqueue.database.session import Session, open_session
 from pgqueue.database.stats import list_queues
-from pgqueue.job import check_queue
 from pgqueue.options import check_time
-
-_note = click.option("--note", type=Words(), metavar="TEXT", help="Why you do it, for the audit log.")
-
-
-def read_queue(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """A queue's name."""
-    try:
-        return check_queue(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
 
 _name = click.argument("queue", callback=read_queue)
 
@@ -90,7 +78,7 @@ Examples:
 @_name
 @click.option("--for", "resume_in", type=Duration(), metavar="TIME", help="Resume it after 30m, 2h or 1d.")
 @click.option("--until", "resume_at", callback=read_time, metavar="TIME", help="Resume it then, ISO 8601.")
-@_note
+@note_option
 @click.pass_obj
 def pause_command(
     context: Context, queue: str, resume_in: float | None, resume_at: datetime | None, note: str | None
@@ -118,7 +106,7 @@ def pause_command(
 
 @queue.command("resume", epilog="\b\nExamples:\n  pgqueue queue resume email --note 'it is back'")
 @_name
-@_note
+@note_option
 @click.pass_obj
 def resume_command(context: Context, queue: str, note: str | None) -> None:
     """Let workers claim jobs from a queue again; they are told."""

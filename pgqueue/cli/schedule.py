@@ -14,7 +14,7 @@ from pgqueue.app import PgQueue
 from pgqueue.cli.context import Context
 from pgqueue.cli.dead import who
 from pgqueue.cli.enqueue import read_json
-from pgqueue.cli.options import Duration, Seconds, Words
+from pgqueue.cli.options import Duration, Words, json_option, note_option, watch_option
 from pgqueue.cli.output import clean, duration, moment, repeat, show_json, table
 from pgqueue.cli.status import ExitStatus
 from pgqueue.cron import find_zone
@@ -24,8 +24,6 @@ from pgqueue.errors import ScheduleError
 from pgqueue.schedule import CatchUp, Overlap
 from pgqueue.schedules import next_ticks
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_note = click.option("--note", type=Words(), metavar="TEXT", help="Why you do it, for the audit log.")
 _name = click.argument("name", type=Words())
 _cron = click.option("--cron", metavar="EXPRESSION", help="Five fields, as in '0 9 * * MON-FRI', or @daily.")
 _every = click.option("--every", type=Duration(), metavar="TIME", help="Instead: every 30s, 15m, 2h or 1d.")
@@ -53,10 +51,8 @@ Examples:
   pgqueue schedule list
   pgqueue schedule list --json | jq '.[] | select(.state != "active") | .name'""",
 )
-@click.option(
-    "--watch", type=Seconds(0.1), metavar="SECONDS", help="Look again every so often, until Ctrl-C."
-)
-@_json
+@watch_option
+@json_option
 @click.pass_obj
 def list_command(context: Context, watch: float | None, as_json: bool) -> None:
     """List all schedules: those in the code of applications, and those that were added.
@@ -106,8 +102,8 @@ Examples:
     "--jitter", type=Duration(), default="0", metavar="TIME", help="Put each job off by up to this."
 )
 @click.option("--replace", is_flag=True, help="Change the one that has the name.")
-@_note
-@_json
+@note_option
+@json_option
 @click.pass_obj
 def add_command(
     context: Context,
@@ -142,7 +138,7 @@ def add_command(
 
 @schedule.command("pause", epilog="\b\nExamples:\n  pgqueue schedule pause nightly --note 'stocktaking'")
 @_name
-@_note
+@note_option
 @click.pass_obj
 def pause_command(context: Context, name: str, note: str | None) -> None:
     """Let a schedule's ticks pass until it is resumed, whatever workers start or stop meanwhile."""
@@ -152,7 +148,7 @@ def pause_command(context: Context, name: str, note: str | None) -> None:
 
 @schedule.command("resume", epilog="\b\nExamples:\n  pgqueue schedule resume nightly")
 @_name
-@_note
+@note_option
 @click.pass_obj
 def resume_command(context: Context, name: str, note: str | None) -> None:
     """Let a schedule's ticks count again, from now on: what came meanwhile is not made up for."""
@@ -165,7 +161,7 @@ def resume_command(context: Context, name: str, note: str | None) -> None:
     "remove", epilog="\b\nExamples:\n  pgqueue schedule remove nightly --note 'moved into the code'"
 )
 @_name
-@_note
+@note_option
 @click.pass_obj
 def remove_command(context: Context, name: str, note: str | None) -> None:
     """Remove a schedule; its jobs stay. One that a running worker has in its code can only be paused."""
@@ -181,8 +177,8 @@ Examples:
   pgqueue job show $(pgqueue schedule run-now nightly)""",
 )
 @_name
-@_note
-@_json
+@note_option
+@json_option
 @click.pass_obj
 def run_now_command(context: Context, name: str, note: str | None, as_json: bool) -> None:
     """Enqueue a schedule's job now, beside its ticks, also of a paused one; prints the job's id."""
@@ -202,7 +198,7 @@ Examples:
 @_every
 @_timezone
 @click.option("-n", "count", type=click.IntRange(1, 1000), default=5, show_default=True, help="So many.")
-@_json
+@json_option
 @click.pass_obj
 def next_command(
     context: Context,

@@ -6,9 +6,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import psycopg
+
 from pgqueue.database.queues import Pause, list_pauses
 from pgqueue.database.session import Session
+from pgqueue.errors import SchemaMismatch
 
+SILENT_AFTER = 30.0
+"""Seconds without a heartbeat after which a worker is called silent; what becomes of it others decide."""
 COUNTED = 20_000
 """Rows of a kind that `survey_queues` counts, at about 1 µs each: a million waiting jobs cost no more."""
 
@@ -72,6 +77,43 @@ class ActiveJob:
 
 
 @dataclass(frozen=True, slots=True)
+class ScheduledJob:
+    """A job that waits for its time.
+
+    Attributes:
+        retries: More than 0: it is a retry that it waits for.
+        seconds: Until then, by the database's clock; negative for one that is due.
+    """
+
+    id: str
+    queue: str
+    task: str
+    priority: int
+    attempt: int
+    retries: int
+    eta: datetime
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a worker said of itself when it started.
+
+    Attributes:
+        tasks: Names of those it knows; none of a release that did not say.
+        schedules: Names of those in its code.
+        conf: Its settings, without passwords.
+    """
+
+    id: str
+    host: str
+    pid: int
+    tasks: list[str]
+    schedules: list[str]
+    conf: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStats:
     """A worker's row.
 
@@ -79,6 +121,7 @@ class WorkerStats:
         queues: Those it serves; empty until it has found one, when it serves every queue there is.
         running: Jobs known to have been running for more than a second.
         beat_ago: Seconds since its last heartbeat, by the database's clock.
+        seconds: Since it started.
         stats: What that heartbeat said of it, in the worker's words; empty before the first.
     """
 
@@ -86,12 +129,14 @@ class WorkerStats:
     host: str
     pid: int
     queues: list[str]
+    pool: str
     concurrency: int
     version: str
     started_at: datetime
     fenced: bool
     running: int
     beat_ago: float
+    seconds: float
     stats: dict[str, Any]
 
 
@@ -117,11 +162,26 @@ def list_queues(session: Session, *, exact: bool = False) -> list[QueueStats]:
     return sorted(found, key=lambda stats: stats.queue)
 
 
-def list_active_jobs(session: Session, *, limit: int | None = None) -> list[ActiveJob]:
-    """Claimed jobs, those known to be running first, then by age."""
-    with session.transaction():
-        rows = session.run("list_active_jobs", limit=limit)
+def list_active_jobs(session: Session, *, active: bool = True, limit: int | None = None) -> list[ActiveJob]:
+    """Claimed jobs that are known to be running, or those that are not, the oldest claim first."""
+    with session.transaction(by_index=True):
+        rows = session.run("list_active_jobs", active=active, limit=limit)
     return [ActiveJob(**{**row, "active": bool(row["active"])}) for row in rows]
+
+
+def list_scheduled_jobs(session: Session, *, limit: int | None = None) -> list[ScheduledJob]:
+    """Jobs that wait for their time or for their retry, the next first."""
+    with session.transaction(by_index=True):
+        return [ScheduledJob(**row) for row in session.run("list_scheduled_jobs", limit=limit)]
+
+
+def list_worker_facts(session: Session) -> list[WorkerFacts]:
+    """What the workers that are not fenced say of themselves, by id."""
+    try:
+        with session.transaction():
+            return [WorkerFacts(**row) for row in session.run("list_worker_facts")]
+    except psycopg.errors.UndefinedColumn as error:
+        raise SchemaMismatch("this needs revision 0008 of the schema; run `pgqueue migrate`") from error
 
 
 def list_workers(session: Session) -> list[WorkerStats]:
@@ -129,3 +189,28 @@ def list_workers(session: Session) -> list[WorkerStats]:
     with session.transaction():
         rows = session.run("list_workers")
     return [WorkerStats(**row) for row in rows]
+
+
+def worker_state(worker: WorkerStats, max_age: float = SILENT_AFTER) -> str:
+    """One word, or two, for how a worker is. One of an older release says less, and is believed more.
+
+    Args:
+        max_age: Seconds that its last heartbeat, and a claim that is due, may be old.
+    """
+    said = worker.stats
+    if worker.fenced:
+        return "fenced"
+    if worker.beat_ago > max_age:
+        return "silent"
+    if (number_or_none(said.get("claim_due_for")) or 0.0) > max_age:
+        return "stuck"
+    if not said:
+        return "starting"
+    if said.get("draining"):
+        return "draining"
+    return "no executors" if said.get("executors") == 0 else "ready"
+
+
+def number_or_none(value: object) -> float | None:
+    """What a worker has written may be anything."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -206,6 +206,8 @@ def metadata_for(schema: str = "pgqueue") -> MetaData:
         _column("running", ARRAY(Uuid), "'{}'"),
         _column("stats", JSONB, "'{}'"),
         _column("schedules", ARRAY(Text), "'{}'"),
+        _column("tasks", ARRAY(Text), "'{}'"),
+        _column("conf", JSONB, "'{}'"),
         PrimaryKeyConstraint("id", name="workers_pkey"),
     )
     Table(

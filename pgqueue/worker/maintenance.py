@@ -129,7 +129,7 @@ class Maintenance:
         work: Work,
         config: Config,
         *,
-        registration: Callable[[str], Call],
+        registration: Callable[[str], list[Call]],
         queues: Callable[[], list[str]],
         discover: Callable[[str], None] | None,
         asleep: Callable[[], bool],
@@ -207,7 +207,7 @@ class Maintenance:
     async def register(self) -> None:
         """Put this worker on the list, before its first claim."""
         now = clock()
-        await self._link.run([self._registration(self._identity.id)])
+        await self._link.run(self._registration(self._identity.id))
         self._prove(now)
         self.last_beat = clock()
         self._heartbeat.at = self.last_beat + self._config.heartbeat
@@ -438,5 +438,5 @@ class Maintenance:
         self._work.drop_waiting(old)
         log.warning("worker_was_fenced id=%s new=%s", old, new)
         now = clock()
-        await self._link.run([self._registration(new)])
+        await self._link.run(self._registration(new))
         self._prove(now)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -48,6 +49,8 @@ log = logging.getLogger("pgqueue.worker")
 
 START_PATIENCE = 60.0
 """Seconds a starting worker waits for the database."""
+DESCRIBED_SINCE = "0008"
+"""The revision from which on a worker's row says what it knows."""
 PAYLOAD_TIMEOUTS = 3
 """How often loading the arguments of one job may time out before they count as unreadable."""
 KILL_PATIENCE = 5.0
@@ -113,6 +116,7 @@ class Supervisor:
         self._complete = True
         self._draining = False
         self._told_ready = False
+        self._revision = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self._pools = Pools(
@@ -273,8 +277,8 @@ class Supervisor:
             raise
         return True
 
-    def _registration(self, worker: str) -> Call:
-        return Call(
+    def _registration(self, worker: str) -> list[Call]:
+        registered = Call(
             "register_worker",
             {
                 "worker": worker,
@@ -287,6 +291,10 @@ class Supervisor:
                 "version": self._version,
             },
         )
+        if self._revision < DESCRIBED_SINCE:
+            return [registered]
+        facts = {"tasks": sorted(self._pools.tasks), "conf": json.dumps(self._config.shown())}
+        return [registered, Call("describe_worker", {"worker": worker, **facts})]
 
     async def _wait_for_database(self) -> Literal[True]:
         """Check the schema's revision and register, waiting a minute for a database that is starting."""
@@ -297,6 +305,7 @@ class Supervisor:
                 rows = await self._maintenance_link.call("read_revision_table")
                 found = await self._maintenance_link.call("read_revision") if rows[0][0] else []
                 require_revision(*(found[0] if found else (None, None)), schema=self._config.schema)
+                self._revision = found[0][0]
                 await self._maintenance.register()
                 return True
             except SchemaMismatch:

@@ -39,7 +39,13 @@ COMMANDS = [
     ["enqueue"],
     ["inspect"],
     ["inspect", "active"],
+    ["inspect", "reserved"],
+    ["inspect", "scheduled"],
+    ["inspect", "registered"],
+    ["inspect", "stats"],
     ["inspect", "queues"],
+    ["inspect", "workers"],
+    ["inspect", "conf"],
     ["job"],
     ["job", "show"],
     ["job", "cancel"],
@@ -295,7 +301,14 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(
     assert message in said.err
 
 
-READING = [["inspect", "queues"], ["inspect", "active"], ["dead", "list"], ["dead", "requeue", "--all"]]
+INSPECTIONS = ["active", "reserved", "scheduled", "registered", "stats", "queues", "workers", "conf"]
+READING = [
+    *(["inspect", name] for name in INSPECTIONS),
+    ["queue", "list"],
+    ["schedule", "list"],
+    ["dead", "list"],
+    ["dead", "requeue", "--all"],
+]
 
 
 @pytest.mark.parametrize("command", [*READING, ["enqueue", "t"]], ids=" ".join)
@@ -379,7 +392,7 @@ def test_inspect_queues(pgqueue: Command, queue: Queue) -> None:
 
 
 def test_inspect_active(pgqueue: Command, queue: Queue) -> None:
-    assert pgqueue("inspect", "active").out == "no jobs are running\n"
+    assert pgqueue("inspect", "active").out == "no job has been running for more than a second\n"
     assert pgqueue("inspect", "active", "--json").json == []
     job_id = pgqueue("enqueue", "tasks.send").out.strip()
     queue.sql(
@@ -395,7 +408,6 @@ def test_inspect_active(pgqueue: Command, queue: Queue) -> None:
         job_id,
         "tasks.send",
         "default",
-        "active",
         "0",
         "box:4711",
         "60",

@@ -12,7 +12,7 @@ import pytest
 from pgqueue.database import stats
 from pgqueue.database.queries import query
 from pgqueue.database.session import Session, open_session
-from pgqueue.database.stats import QueueStats, list_active_jobs, list_queues
+from pgqueue.database.stats import QueueStats, list_active_jobs, list_queues, list_scheduled_jobs
 from pgqueue.job import new_id
 
 
@@ -190,13 +190,47 @@ def test_active_and_reserved_jobs_come_with_their_workers(session: Session) -> N
     sql(session, "update pgqueue.jobs set worker_id = 'vanished', claimed_at = now() where id = %s", ids[2])
     sql(session, "update pgqueue.workers set running = %s::uuid[]", [ids[1]])
     add(session, "a", count=5)
-    found = list_active_jobs(session)
-    assert [job.id for job in found] == [ids[1], ids[0], ids[2]]
-    assert [job.active for job in found] == [True, False, False]
-    assert [(job.host, job.pid) for job in found] == [("box", 4711), ("box", 4711), (None, None)]
-    assert found[0].seconds is not None
-    assert found[0].seconds >= 60
-    assert [job.id for job in list_active_jobs(session, limit=1)] == [ids[1]]
+    (active,), reserved = list_active_jobs(session), list_active_jobs(session, active=False)
+    assert (active.id, active.active, active.host, active.pid) == (ids[1], True, "box", 4711)
+    assert active.seconds is not None
+    assert active.seconds >= 60
+    assert [job.id for job in reserved] == [ids[0], ids[2]]
+    assert [job.active for job in reserved] == [False, False]
+    assert [(job.host, job.pid) for job in reserved] == [("box", 4711), (None, None)]
+    assert [job.id for job in list_active_jobs(session, active=False, limit=1)] == [ids[0]]
+
+
+def test_jobs_that_wait_for_their_time(session: Session) -> None:
+    add(session, "a", count=5)
+    add(session, "a", "scheduled", 3)
+    sql(
+        session,
+        "update pgqueue.jobs set eta = now() + position * interval '1 min', retries = mod(position, 2)",
+    )
+    sql(
+        session,
+        "insert into pgqueue.jobs (id, task, state, eta) values (%s, 't', 'scheduled', 'infinity')",
+        new_id(),
+    )
+    found = list_scheduled_jobs(session)
+    assert len(found) == 3, "one that never comes is left out"
+    assert [job.seconds for job in found] == sorted(job.seconds for job in found)
+    assert [job.retries for job in found] == [0, 1, 0] or [job.retries for job in found] == [1, 0, 1]
+    assert [job.id for job in list_scheduled_jobs(session, limit=1)] == [found[0].id]
+
+
+@pytest.mark.parametrize("name", ["list_active_jobs", "list_scheduled_jobs"])
+def test_lists_read_no_more_jobs_than_they_show(session: Session, name: str) -> None:
+    add(session, "a", count=3000)
+    add(session, "a", "scheduled", 3000)
+    add(session, "a", "running", 20)
+    with session.transaction(by_index=True):
+        text = f"explain (analyze, format json) {query(name).text}"
+        (row,) = session.execute(text, {"limit": 50, "active": False})
+    plan = row["QUERY PLAN"][0]["Plan"]
+    reads = [node for node in nodes(plan) if node.get("Relation Name") == "jobs"]
+    assert {node["Node Type"] for node in reads} <= {"Index Scan", "Index Only Scan"}
+    assert sum(node["Actual Rows"] * node["Actual Loops"] for node in reads) <= 50, json.dumps(plan)
 
 
 def test_the_survey_reads_waiting_jobs_by_index_only_as_far_as_it_counts(session: Session) -> None:

@@ -253,3 +253,14 @@ def test_a_setting_is_judged_beside_those_that_came_before(monkeypatch: pytest.M
     monkeypatch.delenv("PGQUEUE_HEARTBEAT")
     with pytest.raises(ConfigError, match="lease must be at least 3 times heartbeat"):
         PgQueue("shop").configure(lease=4)
+
+
+def test_an_application_that_nobody_has_is_gone_at_once() -> None:
+    """And with it its connections: it must not wait for the garbage collector."""
+    import weakref
+
+    app = PgQueue("tests")
+    _ = app.schedules, app.queues, app.dead_letters
+    gone = weakref.ref(app)
+    del app, _
+    assert gone() is None

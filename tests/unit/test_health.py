@@ -566,12 +566,14 @@ ROW = WorkerStats(
     host="shop",
     pid=1,
     queues=["mail"],
+    pool="prefork",
     concurrency=2,
     version="1",
     started_at=datetime(2026, 1, 31, tzinfo=UTC),
     fenced=False,
     running=0,
     beat_ago=1.0,
+    seconds=60.0,
     stats={"last_claim_ago": 1.0, "claim_due_for": 0.0, "executors": 2, "draining": False},
 )
 
