@@ -6,8 +6,6 @@ import json
 import signal
 from typing import Any
 
-import pytest
-
 from pgqueue.database.migrate import upgrade
 from tests.acceptance.workers import Gate, Jobs, Workers, eventually
 
@@ -144,9 +142,3 @@ def test_a_schema_from_before(fresh_dsn: str, tmp_path: Any) -> None:
         done = workers.run("inspect", "conf")
         assert done.returncode == 5
         assert "this needs revision 0008 of the schema; run `pgqueue migrate`" in done.stderr
-
-
-@pytest.mark.parametrize("what", ["active", "workers"])
-def test_watching(jobs: Jobs, workers: Workers, what: str) -> None:
-    done = workers.run("inspect", what, "--json", "--watch", "soon")
-    assert done.returncode == 2
