@@ -216,6 +216,8 @@ def test_answers_are_lost(
         producer.wait_for(20)
         proxy.lose_every = nth
         eventually(lambda: proxy.lost >= 30, "thirty answers are lost")
+        if mix == "effects":  # as it happens, all of them may have been other connections'
+            worker.wait_for_log("transaction_uncertain")
         proxy.lose_every = 0
         scene.healed()
         producer.wait_for(30)
