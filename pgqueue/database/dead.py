@@ -8,7 +8,6 @@ reported.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,6 @@ from sqlalchemy import ColumnElement, Text, and_, cast, func, literal, or_, sele
 
 from pgqueue.database.session import Row, Session
 from pgqueue.database.tables import metadata_for
-from pgqueue.errors import SchemaMismatch
 from pgqueue.job import DeadFilter, check_id
 
 BATCH = 500
@@ -235,11 +233,8 @@ def purge_where(
 
 
 def _purge_batch(session: Session, ids: list[str], by: str | None, reason: str | None) -> list[str]:
-    try:
-        with session.transaction():
-            return [row["id"] for row in session.run("purge_dead_letters", ids=ids, by=by, reason=reason)]
-    except psycopg.errors.UndefinedFunction as error:
-        raise SchemaMismatch("purging needs revision 0007 of the schema; run `pgqueue migrate`") from error
+    with session.transaction_since("0007", "purging needs"):
+        return [row["id"] for row in session.run("purge_dead_letters", ids=ids, by=by, reason=reason)]
 
 
 def _requeue_batch(session: Session, ids: list[str], by: str | None, reason: str | None) -> Requeued:
@@ -256,21 +251,12 @@ def _requeue_batch(session: Session, ids: list[str], by: str | None, reason: str
         done.add(_requeue_batch(session, ids[len(ids) // 2 :], by, reason))
         return done
     moved = [row for row in rows if row["moved"]]
-    _wake(session, sorted({row["queue"] for row in moved}))
+    session.wake(sorted({row["queue"] for row in moved}))
     return Requeued(
         ids=[row["id"] for row in moved],
         refused=[Refusal(row["id"], _why_not(row)) for row in rivals],
         missing=sorted(set(ids) - {row["id"] for row in rows}),
     )
-
-
-def _wake(session: Session, queues: list[str]) -> None:
-    """Notify sleeping workers, in a transaction of its own: others that notify wait for its commit."""
-    if not queues:
-        return
-    # The jobs are there either way; without a notification a worker finds them at its next look.
-    with contextlib.suppress(psycopg.Error), session.transaction():
-        session.run("wake_workers", queues=queues, eta=None)
 
 
 def _why_not(row: Row) -> str:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Literal
-
-import psycopg
 
 from pgqueue.database import dead
 from pgqueue.database.session import Session
-from pgqueue.errors import SchemaMismatch
 from pgqueue.job import check_id
 
 Answer = Literal["cancelled", "requested", "too_late"]
@@ -39,11 +35,8 @@ def cancel_job(session: Session, job_id: str, *, by: str | None = None, reason: 
         by: Who asks for it, noted in the audit log beside the database role.
         reason: Why, noted there too.
     """
-    try:
-        with session.transaction():
-            (row,) = session.run("cancel_job", id=check_id(job_id), actor=by, reason=reason)
-    except psycopg.errors.UndefinedFunction as error:
-        raise SchemaMismatch("cancelling needs revision 0004 of the schema; run `pgqueue migrate`") from error
+    with session.transaction_since("0004", "cancelling needs"):
+        (row,) = session.run("cancel_job", id=check_id(job_id), actor=by, reason=reason)
     answer: Answer = row["answer"]
     return answer
 
@@ -61,8 +54,7 @@ def retry_job(
         with session.transaction():
             rows = session.run("run_now", id=job_id, by=by, reason=reason)
         if rows:
-            with contextlib.suppress(psycopg.Error), session.transaction():
-                session.run("wake_workers", queues=[rows[0]["queue"]], eta=None)
+            session.wake([rows[0]["queue"]])
             return None
         state = dead.find_state(session, job_id)
     if state == "unknown":

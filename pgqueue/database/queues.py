@@ -10,7 +10,6 @@ stay done. What is claimed meanwhile runs.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +20,6 @@ from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_
 
 from pgqueue.database.session import Session
 from pgqueue.database.tables import metadata_for
-from pgqueue.errors import SchemaMismatch
 from pgqueue.job import check_queue
 
 BATCH = 1000
@@ -82,7 +80,7 @@ def pause_queue(
         by: Who asks for it, noted in the audit log beside the database role.
         reason: Why, noted there too.
     """
-    with _on_revision(session):
+    with session.transaction_since("0006", "pausing queues needs"):
         session.run(
             "pause_queue",
             queue=check_queue(queue),
@@ -95,7 +93,7 @@ def pause_queue(
 
 def resume_queue(session: Session, queue: str, *, by: str | None = None, reason: str | None = None) -> bool:
     """Claim jobs from this queue again; False if it was not paused."""
-    with _on_revision(session):
+    with session.transaction_since("0006", "pausing queues needs"):
         (row,) = session.run("resume_queue", queue=check_queue(queue), actor=by, reason=reason)
     return bool(row["answer"] == "resumed")
 
@@ -165,9 +163,7 @@ def move_jobs(
         total += row["jobs"]
         progress(len(ids))
         if row["ready"]:
-            # In a transaction of its own: others that notify wait for its commit. Workers look anyway.
-            with contextlib.suppress(psycopg.Error), session.transaction():
-                session.run("wake_workers", queues=[to], eta=None)
+            session.wake([to])
     return total
 
 
@@ -207,14 +203,3 @@ def _matches(session: Session, where: Waiting) -> ColumnElement[bool]:
     c = _jobs(session).c
     found = c.queue == where.queue
     return and_(found, c.task == where.task) if where.task is not None else and_(found)
-
-
-@contextlib.contextmanager
-def _on_revision(session: Session) -> Iterator[None]:
-    try:
-        with session.transaction():
-            yield
-    except psycopg.errors.UndefinedFunction as error:
-        raise SchemaMismatch(
-            "pausing queues needs revision 0006 of the schema; run `pgqueue migrate`"
-        ) from error

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-import psycopg
-
 from pgqueue.database.session import Row, Session
-from pgqueue.errors import SchemaMismatch
 from pgqueue.schedule import Schedule, read_cadence
 
 Added = Literal["added", "replaced", "unchanged", "exists", "in_code"]
@@ -74,13 +69,13 @@ class ScheduleStatus:
 
 def list_schedules(session: Session) -> list[ScheduleStatus]:
     """All of them, by name."""
-    with _on_revision(session):
+    with session.transaction_since("0005", "schedules need"):
         return [_status(row) for row in session.run("list_schedules", name=None)]
 
 
 def find_schedule(session: Session, name: str) -> ScheduleStatus | None:
     """The one of this name."""
-    with _on_revision(session):
+    with session.transaction_since("0005", "schedules need"):
         rows = session.run("list_schedules", name=name)
     return _status(rows[0]) if rows else None
 
@@ -104,7 +99,7 @@ def add_schedule(
         reason: Why, noted there too.
     """
     document = asdict(schedule)
-    with _on_revision(session):
+    with session.transaction_since("0005", "schedules need"):
         rows = session.run("list_schedules", name=schedule.name)
         before = {name: rows[0][name] for name in document} if rows else None
         (row,) = session.run(
@@ -134,7 +129,7 @@ def act_on_schedule(
     reason: str | None = None,
 ) -> str:
     """What became of it: `paused`, `resumed` or `removed`; `already`, `in_code` or `unknown`."""
-    with _on_revision(session):
+    with session.transaction_since("0005", "schedules need"):
         (row,) = session.run(f"{act}_schedule", name=name, actor=by, reason=reason)
     return str(row["answer"])
 
@@ -143,7 +138,7 @@ def run_schedule(
     session: Session, name: str, *, by: str | None = None, reason: str | None = None
 ) -> str | None:
     """Enqueue its job now, beside its ticks; the job's id, None if there is no such schedule."""
-    with _on_revision(session):
+    with session.transaction_since("0005", "schedules need"):
         (row,) = session.run("run_schedule", name=name, actor=by, reason=reason)
     job_id: str | None = row["id"]
     return job_id
@@ -166,12 +161,3 @@ def _status(row: Row) -> ScheduleStatus:
     row.pop("paused")
     seconds = None if next_tick is None else (next_tick - now).total_seconds()
     return ScheduleStatus(**row, state=state, next_tick=next_tick, seconds=seconds)
-
-
-@contextlib.contextmanager
-def _on_revision(session: Session) -> Iterator[None]:
-    try:
-        with session.transaction():
-            yield
-    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction) as error:
-        raise SchemaMismatch("schedules need revision 0005 of the schema; run `pgqueue migrate`") from error

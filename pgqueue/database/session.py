@@ -18,13 +18,18 @@ from psycopg.rows import dict_row
 from pgqueue.database.dsn import connect_options, one_line, unreachable
 from pgqueue.database.migrate import require_revision
 from pgqueue.database.queries import query
-from pgqueue.errors import DatabaseError, DatabaseUnavailable, PermissionDenied
+from pgqueue.errors import DatabaseError, DatabaseUnavailable, PermissionDenied, SchemaMismatch
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
 
 Row = dict[str, Any]
 
+_NOT_THERE = (
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.UndefinedFunction,
+)
 STATEMENT_TIMEOUT = "30s"
 LOCK_TIMEOUT = "1s"
 
@@ -52,6 +57,30 @@ class Session:
         with self.connection.transaction():
             self.run(settings, statement_timeout=STATEMENT_TIMEOUT, lock_timeout=LOCK_TIMEOUT)
             yield
+
+    @contextlib.contextmanager
+    def transaction_since(self, revision: str, what: str) -> Iterator[None]:
+        """A transaction for something that the schema has since this revision; SchemaMismatch before it.
+
+        Args:
+            what: It, and its verb: `purging needs`.
+        """
+        try:
+            with self.transaction():
+                yield
+        except _NOT_THERE as error:
+            raise SchemaMismatch(
+                f"{what} revision {revision} of the schema; run `pgqueue migrate`"
+            ) from error
+
+    def wake(self, queues: list[str]) -> None:
+        """Notify sleeping workers, in a transaction of its own: others that notify wait for its commit.
+
+        Without a notification a worker finds the jobs at its next look, so a failure is none.
+        """
+        if queues:
+            with contextlib.suppress(psycopg.Error), self.transaction():
+                self.run("wake_workers", queues=queues, eta=None)
 
     def run(self, name: str, /, **parameters: object) -> list[Row]:
         """Run one statement of `sql/` in the open transaction; its rows."""

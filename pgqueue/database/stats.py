@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-import psycopg
-
 from pgqueue.database.queues import Pause, list_pauses
 from pgqueue.database.session import Session
-from pgqueue.errors import SchemaMismatch
 
 SILENT_AFTER = 30.0
 """Seconds without a heartbeat after which a worker is called silent; what becomes of it others decide."""
@@ -177,11 +174,8 @@ def list_scheduled_jobs(session: Session, *, limit: int | None = None) -> list[S
 
 def list_worker_facts(session: Session) -> list[WorkerFacts]:
     """What the workers that are not fenced say of themselves, by id."""
-    try:
-        with session.transaction():
-            return [WorkerFacts(**row) for row in session.run("list_worker_facts")]
-    except psycopg.errors.UndefinedColumn as error:
-        raise SchemaMismatch("this needs revision 0008 of the schema; run `pgqueue migrate`") from error
+    with session.transaction_since("0008", "this needs"):
+        return [WorkerFacts(**row) for row in session.run("list_worker_facts")]
 
 
 def list_workers(session: Session) -> list[WorkerStats]:

@@ -88,7 +88,7 @@ class Scheduler:
         self._random = random
         self._event = asyncio.Event()
         self._known = False
-        self._written = False
+        self._said_off = False
         self._held_by: str | None = None
         self._broken: dict[str, int] = {}
 
@@ -154,8 +154,8 @@ class Scheduler:
     async def _find_tables(self) -> bool:
         rows = await self._link.call("read_revision")
         self._known = rows[0][0] >= REVISION
-        if not self._known and not self._written:
-            self._written = True  # said once
+        if not self._known and not self._said_off:
+            self._said_off = True
             log.warning("schedules_off revision=%s needs=%s", rows[0][0], REVISION)
         return self._known
 
