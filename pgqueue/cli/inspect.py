@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -63,13 +63,13 @@ def active(context: Context, limit: int, watch: float | None, as_json: bool) -> 
 
     The age counts from the claim.
     """
-    with _session(context) as session:
-        repeat(
-            lambda: list_active_jobs(session, limit=limit),
-            lambda found: _claimed_table(found, "no job has been running for more than a second"),
-            watch=watch,
-            as_json=as_json,
-        )
+    show_found(
+        context,
+        lambda session: list_active_jobs(session, limit=limit),
+        lambda found: _claimed_table(found, "no job has been running for more than a second"),
+        watch=watch,
+        as_json=as_json,
+    )
 
 
 @inspect.command(
@@ -87,13 +87,13 @@ def reserved(context: Context, limit: int, watch: float | None, as_json: bool) -
 
     Their worker is "gone" if it has no row: they are about to be rescued.
     """
-    with _session(context) as session:
-        repeat(
-            lambda: list_active_jobs(session, active=False, limit=limit),
-            lambda found: _claimed_table(found, "no job is claimed that is not active"),
-            watch=watch,
-            as_json=as_json,
-        )
+    show_found(
+        context,
+        lambda session: list_active_jobs(session, active=False, limit=limit),
+        lambda found: _claimed_table(found, "no job is claimed that is not active"),
+        watch=watch,
+        as_json=as_json,
+    )
 
 
 @inspect.command(
@@ -108,10 +108,13 @@ Examples:
 @click.pass_obj
 def scheduled(context: Context, limit: int, watch: float | None, as_json: bool) -> None:
     """List the jobs that wait for their time or for a retry, the next first."""
-    with _session(context) as session:
-        repeat(
-            lambda: list_scheduled_jobs(session, limit=limit), _scheduled_table, watch=watch, as_json=as_json
-        )
+    show_found(
+        context,
+        lambda session: list_scheduled_jobs(session, limit=limit),
+        _scheduled_table,
+        watch=watch,
+        as_json=as_json,
+    )
 
 
 @inspect.command(
@@ -129,13 +132,13 @@ def workers(context: Context, watch: float | None, as_json: bool) -> None:
     ready; starting; draining: asked to stop; no executors; stuck: a claim has been due for over 30 seconds;
     silent: not heard of for as long; fenced: judged lost by the others, which run its jobs.
     """
-    with _session(context) as session:
-        repeat(
-            lambda: [_worker_document(each) for each in list_workers(session)],
-            _workers_table,
-            watch=watch,
-            as_json=as_json,
-        )
+    show_found(
+        context,
+        lambda session: [_worker_document(each) for each in list_workers(session)],
+        _workers_table,
+        watch=watch,
+        as_json=as_json,
+    )
 
 
 @inspect.command(
@@ -149,13 +152,13 @@ Examples:
 @click.pass_obj
 def stats(context: Context, watch: float | None, as_json: bool) -> None:
     """Show what each worker has done since it started: its own count, as of its last heartbeat."""
-    with _session(context) as session:
-        repeat(
-            lambda: [_stats_document(each) for each in list_workers(session) if not each.fenced],
-            _stats_table,
-            watch=watch,
-            as_json=as_json,
-        )
+    show_found(
+        context,
+        lambda session: [_stats_document(each) for each in list_workers(session) if not each.fenced],
+        _stats_table,
+        watch=watch,
+        as_json=as_json,
+    )
 
 
 @inspect.command(
@@ -173,13 +176,13 @@ def registered(context: Context, watch: float | None, as_json: bool) -> None:
     With -A those of the application too, also if no worker knows them.
     """
     names = sorted(context.app.tasks) if context.app is not None else []
-    with _session(context) as session:
-        repeat(
-            lambda: _registered(list_worker_facts(session), names),
-            _registered_table,
-            watch=watch,
-            as_json=as_json,
-        )
+    show_found(
+        context,
+        lambda session: _registered(list_worker_facts(session), names),
+        _registered_table,
+        watch=watch,
+        as_json=as_json,
+    )
 
 
 @inspect.command(
@@ -193,8 +196,13 @@ Examples:
 @click.pass_obj
 def conf(context: Context, watch: float | None, as_json: bool) -> None:
     """Show how each worker is set, without passwords; where they differ, the lines are marked."""
-    with _session(context) as session:
-        repeat(lambda: list_worker_facts(session), _conf_table, watch=watch, as_json=as_json)
+    show_found(
+        context,
+        list_worker_facts,
+        _conf_table,
+        watch=watch,
+        as_json=as_json,
+    )
 
 
 @inspect.command(
@@ -214,17 +222,31 @@ def queues(context: Context, exact: bool, watch: float | None, as_json: bool) ->
     Large counts stop early, so that looking costs little; they are shown as ≥ (in JSON, named in at_least). A
     queue that has ready jobs and nobody to run them is marked, and so is one that is paused.
     """
-    with _session(context) as session:
-        repeat(
-            lambda: [queue_document(each) for each in list_queues(session, exact=exact)],
-            queues_table,
-            watch=watch,
-            as_json=as_json,
-        )
+    show_queues(context, exact=exact, watch=watch, as_json=as_json)
 
 
-def _session(context: Context) -> AbstractContextManager[Session]:
-    return open_session(context.database, schema=context.config.schema)
+def show_found(
+    context: Context,
+    look: Callable[[Session], Any],
+    render: Callable[[Any], RenderableType],
+    *,
+    watch: float | None,
+    as_json: bool,
+) -> None:
+    """Show what `look` finds in the database, once, or every `watch` seconds."""
+    with open_session(context.database, schema=context.config.schema) as session:
+        repeat(lambda: look(session), render, watch=watch, as_json=as_json)
+
+
+def show_queues(context: Context, *, exact: bool, watch: float | None, as_json: bool) -> None:
+    """The queues, for `inspect queues` and `queue list`."""
+    show_found(
+        context,
+        lambda session: [_queue_document(each) for each in list_queues(session, exact=exact)],
+        _queues_table,
+        watch=watch,
+        as_json=as_json,
+    )
 
 
 def _where(host: str | None, pid: int | None) -> str:
@@ -343,7 +365,7 @@ def _conf_table(workers: list[WorkerFacts]) -> RenderableType:
     return table(columns, wide)
 
 
-def queue_document(stats: QueueStats) -> dict[str, Any]:
+def _queue_document(stats: QueueStats) -> dict[str, Any]:
     return {**asdict(stats), "served": stats.served}
 
 
@@ -360,7 +382,7 @@ def _pause_line(queue: str, pause: dict[str, Any]) -> str:
     return f"{queue} is paused since {moment(pause['since'])}{until} by {who}{why}"
 
 
-def queues_table(queues: list[dict[str, Any]]) -> RenderableType:
+def _queues_table(queues: list[dict[str, Any]]) -> RenderableType:
     if not queues:
         return Text("no queue has jobs, dead letters or workers")
     kinds = ("ready", "scheduled", "running", "dead")

@@ -10,14 +10,13 @@ import click
 from pgqueue.cli.context import Context
 from pgqueue.cli.dead import bulk, who
 from pgqueue.cli.enqueue import read_time
-from pgqueue.cli.inspect import exact_option, queue_document, queues_table
+from pgqueue.cli.inspect import exact_option, show_queues
 from pgqueue.cli.options import MOST_ROWS, Duration, Words, json_option, note_option, read_queue, watch_option
-from pgqueue.cli.output import confirmed, moment, plural, progress_bar, repeat, show_json
+from pgqueue.cli.output import confirmed, moment, plural, progress_bar, show_json
 from pgqueue.cli.status import ExitStatus
 from pgqueue.database import queues
 from pgqueue.database.queues import BATCH, WAITING, Waiting
 from pgqueue.database.session import Session, open_session
-from pgqueue.database.stats import list_queues
 from pgqueue.options import check_time
 
 _name = click.argument("queue", callback=read_queue)
@@ -58,13 +57,7 @@ Examples:
 @click.pass_obj
 def list_command(context: Context, exact: bool, watch: float | None, as_json: bool) -> None:
     """List the queues: jobs by state, dead letters, workers, and which are paused; as `inspect queues`."""
-    with _session(context) as session:
-        repeat(
-            lambda: [queue_document(each) for each in list_queues(session, exact=exact)],
-            queues_table,
-            watch=watch,
-            as_json=as_json,
-        )
+    show_queues(context, exact=exact, watch=watch, as_json=as_json)
 
 
 @queue.command(

@@ -14,12 +14,12 @@ from pgqueue.app import PgQueue
 from pgqueue.cli.context import Context
 from pgqueue.cli.dead import who
 from pgqueue.cli.enqueue import read_json
+from pgqueue.cli.inspect import show_found
 from pgqueue.cli.options import Duration, Words, json_option, note_option, watch_option
-from pgqueue.cli.output import clean, duration, moment, repeat, show_json, table
+from pgqueue.cli.output import clean, duration, moment, show_json, table
 from pgqueue.cli.status import ExitStatus
 from pgqueue.cron import find_zone
 from pgqueue.database.schedules import ScheduleStatus, list_schedules
-from pgqueue.database.session import open_session
 from pgqueue.errors import ScheduleError
 from pgqueue.schedule import CatchUp, Overlap
 from pgqueue.schedules import next_ticks
@@ -59,8 +59,7 @@ def list_command(context: Context, watch: float | None, as_json: bool) -> None:
 
     One from code comes as long as a live worker has it in its code; else its state is "not in code".
     """
-    with open_session(context.database, schema=context.config.schema) as session:
-        repeat(lambda: list_schedules(session), _schedules_table, watch=watch, as_json=as_json)
+    show_found(context, list_schedules, _schedules_table, watch=watch, as_json=as_json)
 
 
 @schedule.command(
