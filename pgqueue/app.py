@@ -19,7 +19,7 @@ from pgqueue.config import Config
 from pgqueue.database.connection import recognise_async, recognise_sync
 from pgqueue.dead_letters import DeadLetters
 from pgqueue.discovery import task_modules
-from pgqueue.enqueue import Client, build_request
+from pgqueue.enqueue import Client, build_request, of_this_run
 from pgqueue.errors import AppNotLoaded, ConfigError, DuplicateTask, PgQueueError, UnknownTask, shown
 from pgqueue.hooks import Hook, HookName, Hooks, Wrapper, check_name
 from pgqueue.job import JobRequest, check_id, check_priority, check_queue, check_task_name
@@ -493,6 +493,7 @@ class PgQueue:
         if task is not None:
             return task.request_for(args, kwargs, options)
         check_arguments(name, args, kwargs)
+        options = of_this_run(options)
         if self.hooks.has("before_enqueue"):
             options = self.hooks.headers_for(name, args, kwargs, options)
         return self.encode(name, args, kwargs, options)

@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn, Protocol
 
 from pgqueue.codec import clean_text
 from pgqueue.errors import Retry, shown
-from pgqueue.job import Progress
+from pgqueue.job import CORRELATION_ID, TAGS, Progress
 from pgqueue.options import check_max_retries, check_seconds, check_time
 
 
@@ -46,6 +46,18 @@ class Request:
     headers: Mapping[str, Any] = field(default_factory=dict)
     worker: str | None = None
     called_directly: bool = False
+
+    @property
+    def correlation_id(self) -> str | None:
+        """What the job belongs to; jobs that this run enqueues have it too."""
+        found = self.headers.get(CORRELATION_ID)
+        return found if isinstance(found, str) else None
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The labels it was given."""
+        found = self.headers.get(TAGS)
+        return tuple(each for each in found if isinstance(each, str)) if isinstance(found, list) else ()
 
     @property
     def tick(self) -> datetime | None:

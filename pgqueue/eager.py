@@ -23,8 +23,8 @@ from pgqueue.database.connection import adrive, drive
 from pgqueue.enqueue import Client
 from pgqueue.errors import PayloadError, Retry, TaskCancelled, UnknownTask
 from pgqueue.hooks import TaskFailed, TaskRetried, TaskStarted, TaskSucceeded
-from pgqueue.job import JobRequest, Progress
-from pgqueue.result import Outcome, current_request
+from pgqueue.job import JobRequest, Progress, current_request
+from pgqueue.result import Outcome
 from pgqueue.retry import Again
 from pgqueue.tracebacks import describe
 

@@ -48,15 +48,28 @@ from pgqueue.errors import (
     shown,
 )
 from pgqueue.failpoints import armed, failpoint
-from pgqueue.job import OWN_HEADER, JobRequest, check_id, check_priority, check_queue, new_id
+from pgqueue.job import (
+    CORRELATION_ID,
+    OWN_HEADER,
+    TAGS,
+    JobRequest,
+    check_id,
+    check_priority,
+    check_queue,
+    current_request,
+    new_id,
+)
 from pgqueue.options import (
+    MAX_LABEL,
     OnConflict,
     UniqueUntil,
     check_choice,
+    check_correlation_id,
     check_limit,
     check_limits,
     check_max_retries,
     check_seconds,
+    check_tags,
     check_time,
     check_unique_key,
 )
@@ -82,6 +95,38 @@ UNDEFINED_FUNCTION: Final = "42883"
 ASK_HOME_AGAIN: Final = 60.0
 _PAUSES: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """Seconds between repeats after a connection broke; a database that only restarts is back by then."""
+
+
+def of_this_run(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of an enqueue that is made now, with the correlation id of the run that makes it.
+
+    What jobs are found by is in the headers then, where hooks see it.
+    """
+    run = current_request.get()
+    if run is not None and CORRELATION_ID not in options:
+        inherited, headers = run.correlation_id, options.get("headers")
+        given = isinstance(headers, Mapping) and CORRELATION_ID in headers
+        if inherited and len(inherited) <= MAX_LABEL and not given:
+            options = {**options, CORRELATION_ID: inherited}
+    return _labelled(options)
+
+
+def _labelled(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`correlation_id` and `tags` moved into the headers."""
+    if CORRELATION_ID not in options and TAGS not in options:
+        return options
+    rest = dict(options)
+    labels = {
+        CORRELATION_ID: check_correlation_id(rest.pop(CORRELATION_ID, None)),
+        TAGS: check_tags(rest.pop(TAGS, None)),
+    }
+    labels = {name: value for name, value in labels.items() if value}
+    headers = rest.get("headers")
+    if headers is not None and not isinstance(headers, Mapping):
+        return rest  # refused further on
+    if twice := [name for name in labels if name in (headers or ())]:
+        raise ValueError(f"{twice[0]} is given twice, as an option and in headers: give one of them")
+    return {**rest, "headers": {**(headers or {}), **labels}} if labels else rest
 
 
 def build_request(
@@ -118,6 +163,7 @@ def build_request(
     """
     if not options:
         return JobRequest(new_id(), task, args, kwargs, queue, priority, expires_in=expires, history=history)
+    options = _labelled(options)
     get = options.get
     countdown, eta, until = get("countdown"), get("eta"), get("expires")
     if countdown is not None and eta is not None:

@@ -6,9 +6,10 @@ import os
 import re
 import time
 import uuid
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pgqueue.errors import shown
 
@@ -31,6 +32,13 @@ DEAD_REASONS: Final[tuple[DeadReason, ...]] = (
     "unknown_task",
     "bad_payload",
 )
+
+CORRELATION_ID: Final = "correlation_id"
+TAGS: Final = "tags"
+"""The keys of `headers` that jobs are found by, in SQL too."""
+
+current_request: ContextVar[Any] = ContextVar("pgqueue.current_request", default=None)
+"""The `Request` of the job that runs here, None outside a task."""
 
 OWN_HEADER: Final = "pgqueue"
 """The key of `headers` under which a job's own options travel: time limits, how long its key is unique."""
@@ -153,6 +161,29 @@ class DeadFilter:
     error_class: str | None = None
     since: datetime | timedelta | None = None
     until: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs, live, finished or dead; None means any.
+
+    Attributes:
+        state: The one they are in.
+        queue: The one they are in, or were.
+        task: Its name.
+        correlation_id: What they belong to.
+        tags: Labels, all of which they have.
+        enqueued_by: The database role that enqueued them.
+        since: Enqueued at this time (aware) or later, or this long ago at most.
+    """
+
+    state: State | None = None
+    queue: str | None = None
+    task: str | None = None
+    correlation_id: str | None = None
+    tags: tuple[str, ...] = ()
+    enqueued_by: str | None = None
+    since: datetime | timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)

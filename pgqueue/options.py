@@ -16,6 +16,9 @@ MAX_SECONDS: Final = 250_000_000_000
 """Nearly eight thousand years: a later time does not fit a datetime."""
 
 MAX_UNIQUE_KEY: Final = 512
+MAX_LABEL: Final = 255
+"""Characters of a correlation id or of a tag."""
+MAX_TAGS: Final = 32
 MAX_CRASHES: Final = 1_000_000_000
 
 LONG_AGO: Final = 1_000_000_000
@@ -127,6 +130,9 @@ class JobOptions(TypedDict, total=False):
         on_conflict: If there is one: "return" it, "raise" DuplicateJob, or "replace" what it shall do while
             it waits.
         unique_until: "end", or "start", when another may have the key as soon as this one is claimed.
+        correlation_id: What the job belongs to, such as "order 42": jobs are found by it. A job enqueued in a
+            run has that run's, unless it is given one, or None.
+        tags: Labels to find jobs by.
         headers: JSON values that travel with the job.
     """
 
@@ -142,6 +148,8 @@ class JobOptions(TypedDict, total=False):
     unique_key: str | None
     on_conflict: OnConflict
     unique_until: UniqueUntil | None
+    correlation_id: str | None
+    tags: Sequence[str] | None
     headers: Mapping[str, Any] | None
 
 
@@ -158,6 +166,7 @@ class PeriodicOptions(TypedDict, total=False):
     max_retries: int | None
     soft_time_limit: float | None
     time_limit: float | None
+    tags: Sequence[str] | None
     headers: Mapping[str, Any] | None
 
 
@@ -304,15 +313,46 @@ def check_unique_key(key: object) -> str | None:
         return None
     if not isinstance(key, str):
         raise TypeError(f"unique_key must be text, got {shown(key)}")
-    if (
-        not 1 <= len(key) <= MAX_UNIQUE_KEY
-        or "\0" in key
-        or any("\ud800" <= each <= "\udfff" for each in key)
-    ):
+    if not _is_word(key, MAX_UNIQUE_KEY):
         raise ValueError(
             f"unique_key must be 1 to {MAX_UNIQUE_KEY} characters in UTF-8 without NUL, got {shown(key)}"
         )
     return key
+
+
+def check_correlation_id(value: object) -> str | None:
+    """Up to 255 characters that Postgres can store."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise TypeError(f"correlation_id must be text, got {shown(value)}")
+    if not _is_word(value, MAX_LABEL):
+        raise ValueError(
+            f"correlation_id must be 1 to {MAX_LABEL} characters in UTF-8 without NUL, got {shown(value)}"
+        )
+    return value
+
+
+def check_tags(value: object) -> list[str]:
+    """Each once, in the order they were given."""
+    if value is None:
+        return []
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"tags must be a list or tuple of texts, got {shown(value)}")
+    if wrong := next((each for each in value if not isinstance(each, str)), None):
+        raise TypeError(f"tags must be texts, got {shown(wrong)}")
+    if wrong := [each for each in value if not _is_word(each, MAX_LABEL)]:
+        raise ValueError(
+            f"each of tags must be 1 to {MAX_LABEL} characters in UTF-8 without NUL, got {shown(wrong[0])}"
+        )
+    tags = list(dict.fromkeys(value))
+    if len(tags) > MAX_TAGS:
+        raise ValueError(f"tags are {MAX_TAGS} at most, got {len(tags)}")
+    return tags
+
+
+def _is_word(text: str, most: int) -> bool:
+    return 1 <= len(text) <= most and "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

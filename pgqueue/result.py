@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
@@ -32,7 +31,7 @@ from pgqueue.errors import (
     ResultUnavailable,
     shown,
 )
-from pgqueue.job import FINISHED_STATES, Progress, State
+from pgqueue.job import FINISHED_STATES, Progress, State, current_request
 
 if TYPE_CHECKING:
     from pgqueue.database.pool import Database
@@ -44,9 +43,6 @@ LAST_POLL: Final = 0.5
 MAX_REASON: Final = 1_000
 UNKNOWN_FOR: Final = 5.0
 """Seconds an id may be unknown to `get`: the transaction that enqueues it may still be open."""
-
-current_request: ContextVar[Any] = ContextVar("pgqueue.current_request", default=None)
-"""The `Request` of the job that runs here, None outside a task."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from typing import (
 from pgqueue.codec import ArgumentCodec
 from pgqueue.context import Control, Request, TaskContext
 from pgqueue.database.connection import AsyncCaller, SyncCaller, recognise, recognise_async, recognise_sync
-from pgqueue.enqueue import Client, build_request
+from pgqueue.enqueue import Client, build_request, of_this_run
 from pgqueue.hooks import Hooks
 from pgqueue.job import JobRequest, new_id
 from pgqueue.options import JobOptions, check_arguments, check_option_names, retry_options
@@ -358,6 +358,7 @@ class Task(Generic[P, R]):
         """Check and encode a call. Names of options are checked already."""
         if type(args) is not tuple or kwargs:
             check_arguments(self.name, args, kwargs)
+        options = of_this_run(options)
         if self._app.hooks.has("before_enqueue"):
             options = self._app.hooks.headers_for(self.name, args, kwargs, options)
         return self.encode(args, kwargs, options)

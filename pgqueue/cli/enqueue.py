@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pgqueue.cli.context import Context
+from pgqueue.cli.options import Words
 from pgqueue.errors import shown
 
 
@@ -51,6 +52,7 @@ def read_time(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 Examples:
   pgqueue enqueue shop.tasks.send_email --args '[1, "a@example.com"]'
   pgqueue -A shop.app:app enqueue shop.tasks.send_email --kwargs '{"order_id": 1}' --countdown 60
+  pgqueue enqueue shop.tasks.refund --args '[42]' --correlation-id 'order 42' --tag urgent
   pgqueue enqueue shop.tasks.close_day --eta 2026-01-31T09:00+00:00 -q reports --json"""
 )
 @click.argument("task")
@@ -70,6 +72,10 @@ Examples:
 @click.option(
     "--max-retries", type=click.IntRange(-1), help="Runs after the first; -1: ever.  [default: the task's]"
 )
+@click.option("--correlation-id", type=Words(), metavar="TEXT", help="What it belongs to, to find it by.")
+@click.option(
+    "--tag", "tags", type=Words(), multiple=True, metavar="TEXT", help="A label to find it by; several times."
+)
 @click.option("--job-id", type=click.UUID, metavar="UUID", help="Its id. One that was used does nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
@@ -85,7 +91,7 @@ def enqueue(context: Context, /, task: str, args: str, kwargs: str, as_json: boo
     app = context.app or PgQueue("pgqueue", dsn=context.database, schema=context.config.schema)
     if options["eta"] is not None and options["countdown"] is not None:
         raise click.UsageError("--eta and --countdown exclude each other: give one of them")
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
     try:
         if context.app is None:
             result = app.send_task(task, json.loads(args), json.loads(kwargs), **given)

@@ -2,32 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import click
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.dead import error_text, read_id, read_ids, who
-from pgqueue.cli.options import json_option, note_option
+from pgqueue.cli.dead import error_text, read_id, read_ids, read_since, who
+from pgqueue.cli.inspect import show_found
+from pgqueue.cli.options import MOST_ROWS, Words, json_option, note_option, watch_option
 from pgqueue.cli.output import clean, clean_lines, moment, show, show_json, table, to_json
 from pgqueue.cli.status import ExitStatus
 from pgqueue.database import jobs
 from pgqueue.database.session import open_session
+from pgqueue.job import FINISHED_STATES, LIVE_STATES, JobFilter
 
+_STATES: Final = (*LIVE_STATES, *FINISHED_STATES, "dead")
 _TALL = ("failures", "acts", "traceback")
 
 
 @click.group(
     epilog="""\b
 Examples:
+  pgqueue job list --correlation-id 'order 42'
   pgqueue job show 01890a5d-ac96-774b-bcce-b302099a8057
   pgqueue job cancel 01890a5d-ac96-774b-bcce-b302099a8057 --note 'order withdrawn'
   pgqueue job retry 01890a5d-ac96-774b-bcce-b302099a8057"""
 )
 def job() -> None:
-    """See one job, cancel it, or have it run again."""
+    """Find jobs, see one, cancel it, or have it run again."""
+
+
+@job.command(
+    "list",
+    epilog="""\b
+Examples:
+  pgqueue job list --correlation-id 'order 42'
+  pgqueue job list --task shop.tasks.send_email --state dead --since 12h
+  pgqueue job list --tag vip --tag eu --json | jq -r '.[].id'""",
+)
+@click.option("--state", type=click.Choice(_STATES), help="Only those that are in this state.")
+@click.option("--queue", type=Words(), metavar="NAME", help="Only those in this queue, or once there.")
+@click.option("--task", type=Words(), metavar="NAME", help="Only jobs of this task.")
+@click.option("--correlation-id", type=Words(), metavar="TEXT", help="Only those that belong to this.")
+@click.option(
+    "--tag", "tags", type=Words(), multiple=True, metavar="TEXT", help="Only with all these labels."
+)
+@click.option("--enqueued-by", type=Words(), metavar="ROLE", help="Only those of this database role.")
+@click.option("--since", callback=read_since, metavar="AGO|TIME", help="Enqueued since 30m, 3d, or a time.")
+@click.option(
+    "--limit", type=click.IntRange(1, MOST_ROWS), default=50, show_default=True, help="So many at most."
+)
+@watch_option
+@json_option
+@click.pass_obj
+def list_command(context: Context, /, limit: int, watch: float | None, as_json: bool, **where: Any) -> None:
+    """Find jobs, live, finished and dead, the last enqueued first."""
+    show_found(
+        context,
+        lambda session: jobs.list_jobs(session, JobFilter(**where), limit=limit),
+        _found_table,
+        watch=watch,
+        as_json=as_json,
+    )
 
 
 @job.command(
@@ -108,6 +147,27 @@ def retry_command(context: Context, job_id: str, note: str | None) -> int:
         return ExitStatus.FAILED
     click.echo(f"job {job_id}: ready")
     return ExitStatus.DONE
+
+
+def _found_table(found: list[jobs.FoundJob]) -> RenderableType:
+    if not found:
+        return Text("no such job: never committed, pruned, or in another database")
+    rows = [
+        (
+            each.id,
+            each.task,
+            each.queue,
+            f"{each.state} ({each.reason})" if each.reason else each.state,
+            each.attempt,
+            moment(each.enqueued_at),
+            moment(each.finished_at) if each.finished_at else None,
+            each.correlation_id,
+            ", ".join(each.tags or ()),
+        )
+        for each in found
+    ]
+    columns = ("id", "task", "queue", "state", "attempt", "enqueued", "ended", "belongs to", "tags")
+    return table(columns, rows, right=("attempt",))
 
 
 def _show(found: dict[str, Any]) -> None:

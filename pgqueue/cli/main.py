@@ -27,6 +27,7 @@ _COMMANDS = {
     "job": "pgqueue.cli.job:job",
     "dead": "pgqueue.cli.dead:dead",
     "queue": "pgqueue.cli.queue:queue",
+    "audit": "pgqueue.cli.audit:audit",
     "schedule": "pgqueue.cli.schedule:schedule",
 }
 

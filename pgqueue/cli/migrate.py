@@ -28,6 +28,7 @@ def migrate(context: Context, sql: bool, since: str | None, to: str | None) -> N
     locks tables only if that takes moments, tries for a minute, and says whom it waits for. On a database
     that is newer than this release it does nothing.
     """
+    from pgqueue.cli.dead import who
     from pgqueue.database import migrate as migrations
 
     schema = context.config.schema
@@ -43,9 +44,9 @@ def migrate(context: Context, sql: bool, since: str | None, to: str | None) -> N
         click.echo(f"pgqueue: {line}", err=True)
 
     wanted = migrations.head_revision() if to is None else migrations.check_revision(to)
-    before = migrations.upgrade(context.database, schema=schema, revision=wanted, tell=tell)
+    before = migrations.upgrade(context.database, schema=schema, revision=wanted, tell=tell, by=who())
     if to is not None and before is not None and before > wanted:
-        before = migrations.downgrade(context.database, wanted, schema=schema, tell=tell)
+        before = migrations.downgrade(context.database, wanted, schema=schema, tell=tell, by=who())
     elif before is not None and before > wanted:
         click.echo(f"schema {schema} is at revision {before}, newer than {wanted}, and stays so")
         return

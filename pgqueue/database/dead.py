@@ -11,14 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 import psycopg
 from sqlalchemy import ColumnElement, Text, and_, cast, func, literal, or_, select
 
-from pgqueue.database.session import Row, Session
+from pgqueue.database.session import Row, Session, moment
 from pgqueue.database.tables import metadata_for
 from pgqueue.job import DeadFilter, check_id
 
@@ -302,10 +302,8 @@ def _matches(session: Session, where: DeadFilter) -> ColumnElement[bool]:
     if where.error_class is not None:
         last_part = func.right(c.error_class, len(where.error_class) + 1)
         conditions.append(or_(c.error_class == where.error_class, last_part == f".{where.error_class}"))
-    if isinstance(where.since, timedelta):
-        conditions.append(c.died_at >= func.clock_timestamp() - literal(where.since))
-    elif where.since is not None:
-        conditions.append(c.died_at >= where.since)
+    if where.since is not None:
+        conditions.append(c.died_at >= moment(where.since))
     if where.until is not None:
         conditions.append(c.died_at <= where.until)
     return and_(literal(True), *conditions)

@@ -1,14 +1,71 @@
-"""What people do with one job: look at it, cancel it, have it run now."""
+"""What people do with jobs: find them, look at one, cancel it, have it run now."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
+from sqlalchemy import Select, Text, and_, cast, column, or_, select, table
+from sqlalchemy.dialects.postgresql import JSONB
+
 from pgqueue.database import dead
-from pgqueue.database.session import Session
-from pgqueue.job import check_id
+from pgqueue.database.session import Session, moment
+from pgqueue.job import JobFilter, check_id
 
 Answer = Literal["cancelled", "requested", "too_late"]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundJob:
+    """One line of a list.
+
+    Attributes:
+        started_at: Of a live or dead job, when it was claimed last.
+        finished_at: Of a dead one, when it died.
+        reason: Why it is dead.
+    """
+
+    id: str
+    state: str
+    queue: str
+    task: str
+    attempt: int
+    enqueued_at: datetime
+    enqueued_by: str
+    started_at: datetime | None
+    finished_at: datetime | None
+    reason: str | None
+    error_class: str | None
+    correlation_id: str | None
+    tags: list[str] | None
+
+
+def list_jobs(session: Session, where: JobFilter, *, limit: int = 50) -> list[FoundJob]:
+    """Those that match, the newest id first: UUIDv7 sort by the time they were made."""
+    with session.transaction_since("0009", "finding jobs needs"):
+        rows = session.select(_found(session, where).limit(limit))
+    return [FoundJob(**row) for row in rows]
+
+
+def _found(session: Session, where: JobFilter) -> Select[Any]:
+    names = [name for name in FoundJob.__dataclass_fields__ if name not in ("id", "tags")]
+    view = table("all_jobs", column("id"), column("tags", JSONB), *map(column, names), schema=session.schema)
+    c = view.c
+    terms = [
+        c[name] == getattr(where, name)
+        for name in ("state", "queue", "task", "correlation_id", "enqueued_by")
+        if getattr(where, name) is not None
+    ]
+    if where.tags:
+        terms.append(c.tags.op("@>")(cast(json.dumps(where.tags), JSONB)))
+    if where.since is not None:
+        since = moment(where.since)
+        # The second says nothing new, but that whole days of history need not be looked at.
+        terms += [c.enqueued_at >= since, or_(c.finished_at >= since, c.finished_at.is_(None))]
+    columns = [cast(c.id, Text).label("id"), c.tags, *(c[name] for name in names)]
+    return select(*columns).where(and_(True, *terms)).order_by(c.id.desc())
 
 
 def show_job(session: Session, job_id: str) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ would queue up behind us.
 from __future__ import annotations
 
 import io
+import json
 import re
 import time
 from collections.abc import Callable
@@ -102,7 +103,12 @@ def check_revision(revision: str) -> str:
 
 
 def upgrade(
-    dsn: str, *, schema: str = "pgqueue", revision: str = "head", tell: Callable[[str], None] | None = None
+    dsn: str,
+    *,
+    schema: str = "pgqueue",
+    revision: str = "head",
+    tell: Callable[[str], None] | None = None,
+    by: str | None = None,
 ) -> str | None:
     """Migrate up to `revision`; returns the revision the database was at before, None for an empty one.
 
@@ -111,6 +117,7 @@ def upgrade(
 
     Args:
         tell: Called with one line whenever there is news of what it waits for.
+        by: Who asks for it, noted in the audit log beside the database role.
 
     Raises:
         SchemaMismatch: The database is at a newer revision which this release may not work on.
@@ -124,12 +131,18 @@ def upgrade(
     def run(config: Config, before: str | None) -> None:
         if before is None or before < wanted:
             command.upgrade(config, revision)
+            _note(config, before, wanted, by)
 
     return _online(dsn, schema, run, tell)
 
 
 def downgrade(
-    dsn: str, revision: str, *, schema: str = "pgqueue", tell: Callable[[str], None] | None = None
+    dsn: str,
+    revision: str,
+    *,
+    schema: str = "pgqueue",
+    tell: Callable[[str], None] | None = None,
+    by: str | None = None,
 ) -> str | None:
     """Migrate down to `revision` (`base`: drop all tables with their jobs); returns the revision before.
 
@@ -145,8 +158,19 @@ def downgrade(
                 f" {head_revision()}; migrate down with the release that made it"
             )
         command.downgrade(config, revision)
+        if before is not None and revision != "base":
+            _note(config, before, revision, by)
 
     return _online(dsn, schema, run, tell)
+
+
+def _note(config: Config, before: str | None, after: str, by: str | None) -> None:
+    """Write a migration that was made into the audit log."""
+    changes = {"before": {"revision": before}, "after": {"revision": after}}
+    details = json.dumps(changes if by is None else {"by": by, **changes})
+    cursor = config.attributes["connection"].connection.driver_connection.cursor()
+    schema = config.attributes["schema"]
+    cursor.execute(f"INSERT INTO {schema}.audit_log (action, details) VALUES ('migrate', %s)", [details])  # noqa: S608
 
 
 def check_drift(dsn: str, *, schema: str = "pgqueue") -> None:

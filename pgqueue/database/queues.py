@@ -124,7 +124,7 @@ def purge_queue(
         limit: So many at most, those that would run first.
         progress: Called with the number of jobs of each batch.
     """
-    parameters = {"queue": where.queue, "task": where.task, "by": by, "reason": reason}
+    parameters = {"queue": where.queue, "by": by, "reason": reason}
     total = 0
     for ids in _pages(session, where, limit):
         with session.transaction():
@@ -155,7 +155,7 @@ def move_jobs(
     """
     if check_queue(to) == where.queue:
         raise ValueError(f"jobs are moved to another queue, got {to!r} twice")
-    parameters = {"queue": where.queue, "to": to, "task": where.task, "by": by, "reason": reason}
+    parameters = {"queue": where.queue, "to": to, "by": by, "reason": reason}
     total = 0
     for ids in _pages(session, where, limit):
         with session.transaction():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -21,7 +22,7 @@ from pgqueue.database.queries import query
 from pgqueue.errors import DatabaseError, DatabaseUnavailable, PermissionDenied, SchemaMismatch
 
 if TYPE_CHECKING:
-    from sqlalchemy import Select
+    from sqlalchemy import ColumnElement, Select
 
 Row = dict[str, Any]
 
@@ -88,17 +89,28 @@ class Session:
 
     def fetch(self, statement: Select[Any]) -> list[Row]:
         """Run a select() in a transaction of its own; its rows."""
+        with self.transaction():
+            return self.select(statement)
+
+    def select(self, statement: Select[Any]) -> list[Row]:
+        """Run a select() in the open transaction; its rows."""
         from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
         dialect: Any = PGDialect_psycopg()  # type: ignore[no-untyped-call]
         compiled = statement.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
-        with self.transaction():
-            return self.execute(str(compiled), dict(compiled.params))
+        return self.execute(str(compiled), dict(compiled.params))
 
     def execute(self, text: str, parameters: dict[str, Any]) -> list[Row]:
         """Run any statement in the open transaction; its rows."""
         # Our own text, with psycopg's placeholders.
         return self.connection.execute(text.encode(), parameters).fetchall()
+
+
+def moment(since: datetime | timedelta) -> ColumnElement[Any]:
+    """In a select(): this time, or so long before its transaction began."""
+    from sqlalchemy import func, literal
+
+    return func.now() - literal(since) if isinstance(since, timedelta) else literal(since)
 
 
 @contextlib.contextmanager

@@ -138,6 +138,18 @@ def metadata_for(schema: str = "pgqueue") -> MetaData:
         _optional("result_error", Text),
         CheckConstraint("state IN ('succeeded', 'cancelled', 'expired')", name="finished_jobs_state_known"),
         Index("finished_jobs_id", "id"),
+        Index(
+            "finished_jobs_correlation_id",
+            text("(headers ->> 'correlation_id')"),
+            postgresql_where=text("headers ->> 'correlation_id' IS NOT NULL"),
+        ),
+        Index(
+            "finished_jobs_tags",
+            text("(headers -> 'tags')"),
+            postgresql_using="gin",
+            postgresql_with={"fastupdate": "off"},
+            postgresql_where=text("headers -> 'tags' IS NOT NULL"),
+        ),
         postgresql_partition_by="RANGE (finished_at)",
     )
     Table(

@@ -21,7 +21,7 @@ from pgqueue.context import Request
 from pgqueue.errors import PayloadError, Retry, SoftTimeLimitExceeded, TaskCancelled, UnknownTask
 from pgqueue.failpoints import failpoint
 from pgqueue.hooks import TaskFailed, TaskRetried, TaskStarted, TaskSucceeded
-from pgqueue.result import current_request
+from pgqueue.job import current_request
 from pgqueue.retry import Again
 from pgqueue.shapes import class_name
 from pgqueue.tracebacks import describe

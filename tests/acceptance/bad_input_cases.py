@@ -136,6 +136,12 @@ TEXTS: Mapping[str, Sequence[str]] = {
     "eta": ("", "soon", "2026-01-31", "2026-01-31T09:00", "2026-13-31T09:00Z", "9999-12-31T23:59Z", "1700000000"),
     "since": ("", "yesterday", "2h ago", "-2h", "2", "2 fortnights", f"{HUGE}d", "99999999d", "2026-13-01"),
     "error": ("",),
+    "correlation_id": ("",),
+    "tags": ("",),
+    "enqueued_by": ("",),
+    "action": ("",),
+    "who": ("",),
+    "schedule": ("",),
     "note": (),
     "name": ("",),
     "resume_in": ("", "soon", "0", "-1h", "2 fortnights", HUGE),
@@ -201,7 +207,9 @@ def lines_of(path: tuple[str, ...], command: click.Command) -> Iterator[Line]:
             continue
         if path:
             yield line(name, names=name)  # without its value
-        for status, value in wrong_values(option, any_name=path[0:1] in (("dead",), ("queue",))):
+        for status, value in wrong_values(
+            option, any_name=path[0:1] in (("dead",), ("queue",), ("job",), ("audit",))
+        ):
             yield line(name, value, status=status, names=value if shows(option, value) else "")
         yield line(
             f"{name[:-1]}={1}" if len(name) > 4 else f"{name}s=1", names=name
@@ -553,6 +561,11 @@ JOB_OPTION_VALUES: Mapping[str, Sequence[tuple[str, str]]] = {
                 ("{1: 2}", "PayloadError"), ("{'a': float('nan')}", "PayloadError"),
                 (r"{'a': '\x00'}", "PayloadError"), ("{'a': 'x' * 2**20}", "PayloadError"),
                 ("{'pgqueue': {}}", "ValueError")),
+    "correlation_id": (("42", "TypeError"), ("''", "ValueError"), ("'a' * 256", "ValueError"),
+                       (r"'a\x00'", "ValueError"), (r"'\ud800'", "ValueError")),
+    "tags": (("'vip'", "TypeError"), ("5", "TypeError"), ("{'vip'}", "TypeError"), ("['vip', 5]", "TypeError"),
+             ("['']", "ValueError"), ("['a' * 256]", "ValueError"), (r"['a\x00']", "ValueError"),
+             ("[str(n) for n in range(33)]", "ValueError")),
     "task_id": (("'7'", "TypeError"),),
     "contdown": (("5", "TypeError"),),
     "unique_key": (("7", "TypeError"), ("''", "ValueError"), ("'a' * 513", "ValueError"), (r"'a\x00'", "ValueError"),

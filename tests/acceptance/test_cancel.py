@@ -48,7 +48,7 @@ def test_a_running_one_ends_and_is_not_retried(
     assert (act["action"], act["reason"], act["details"]) == (
         "cancel",
         "changed my mind",
-        {"answer": "requested"},
+        {"answer": "requested", "before": {"state": "running"}, "after": {"state": "running"}},
     )
     assert jobs.finished(add(jobs, "naps", 0))["result"] == "rested"
 

@@ -152,7 +152,9 @@ def test_every_requeued_job_leaves_a_note_with_who_and_why(queue: Queue, session
         assert (note["action"], note["queue"], note["reason"]) == ("requeue", "email", "address corrected")
         assert note["actor"] == note["me"]
         assert note["details"]["by"] == "ada@example"
-        assert note["details"]["dead_because"] == "retries_exhausted"
+        assert note["details"]["before"]["state"] == "dead"
+        assert note["details"]["before"]["reason"] == "retries_exhausted"
+        assert note["details"]["after"] == {"state": "ready", "retries": 0, "crashes": 0}
 
 
 def test_a_job_that_stays_dead_leaves_no_note(queue: Queue, session: Session) -> None:
@@ -439,7 +441,7 @@ def test_requeue_from_sql_is_the_same(queue: Queue, session: Session) -> None:
         "select action, actor, queue, reason, details from pgqueue.audit_log order by id"
     )
     for note in (first, second):
-        del note["details"]["died_at"]
+        del note["details"]["before"]["died_at"]
     assert first == second
 
 

@@ -25,7 +25,7 @@ from pgqueue import (
     Task,
 )
 from pgqueue import result as module
-from pgqueue.result import current_request
+from pgqueue.job import current_request
 
 
 @pytest.fixture

@@ -713,7 +713,8 @@ def test_what_cancelling_answers(connection: Connection, state: str, answer: str
         assert (ended["state"], ended["unique_key"], ended["started_at"]) == ("cancelled", "k", None)
         assert look(connection, "jobs", job_id) is None
     noted = connection.execute("select action, reason, details from pgqueue.audit_log").fetchall()
-    assert noted == ([] if answer == "too_late" else [("cancel", "why", {"answer": answer})])
+    changes = {"before": {"state": state}, "after": {"state": "running" if state == "running" else answer}}
+    assert noted == ([] if answer == "too_late" else [("cancel", "why", {"answer": answer, **changes})])
 
 
 @pytest.mark.parametrize("verb", ["retry", "snooze", "release", "crash"])

@@ -160,12 +160,16 @@ def ending() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def contents(dsn: str) -> dict[str, list[Any]]:
-    """Every row of the tables that there were at first, but meta's, as text, without columns that are new."""
+    """Every row of the tables that there were at first, but meta's, as text, without columns that are new,
+    and but for the notes of migrations.
+    """
     tables = ["jobs", "finished_jobs", "failures", "dead_letters", "workers", "wake", "audit_log"]
     with psycopg.connect(dsn, autocommit=True) as connection:
         return {
             table: connection.execute(
-                f"select (to_jsonb(t) - %s::text[])::text from pgqueue.{table} t order by 1".encode(), [NEW]
+                f"select (to_jsonb(t) - %s::text[])::text from pgqueue.{table} t"
+                " where to_jsonb(t) ->> 'action' is distinct from 'migrate' order by 1".encode(),
+                [NEW],
             ).fetchall()
             for table in tables
         }

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from pgqueue import PgQueue, Reject, Snooze, TaskContext
-from pgqueue.job import new_id
-from pgqueue.result import current_request
+from pgqueue.job import current_request, new_id
 from pgqueue.worker.body import Body
 from pgqueue.worker.interrupts import Alarm
 from pgqueue.worker.wire import Failed, Job, Snoozed, Succeeded

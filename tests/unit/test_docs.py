@@ -15,6 +15,7 @@ import pytest
 
 from pgqueue.cli.main import cli
 from pgqueue.config import PREFIX, Config
+from pgqueue.database import migrate
 from pgqueue.failpoints import FAILPOINTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,6 +191,11 @@ def test_every_setting_is_in_operations() -> None:
 
 def test_log_events_are_those_of_the_code() -> None:
     assert documented_events(OPERATIONS.read_text(encoding="utf-8")) == logged_events()
+
+
+def test_operations_say_which_revisions_this_release_works_with() -> None:
+    words = f"This release: {migrate.OLDEST_REVISION} to {migrate.head_revision()}."
+    assert words in OPERATIONS.read_text(encoding="utf-8")
 
 
 def test_every_page_is_linked_from_the_readme() -> None:

@@ -279,8 +279,8 @@ class TestRequestOfACall:
             ("countdwon", "'countdwon' (did you mean countdown?)"),
             (
                 "zzz",
-                "'zzz' (known are countdown, eta, expires, headers, job_id, max_retries, on_conflict, "
-                "priority, queue, soft_time_limit, time_limit, unique_key, unique_until)",
+                "'zzz' (known are correlation_id, countdown, eta, expires, headers, job_id, max_retries,"
+                " on_conflict, priority, queue, soft_time_limit, tags, time_limit, unique_key, unique_until)",
             ),
         ],
     )

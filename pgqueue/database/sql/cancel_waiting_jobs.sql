@@ -1,4 +1,4 @@
--- Cancel jobs of a queue that wait, as `cancel` does one, with one note in the audit log for all. Locks: their rows, in
+-- Cancel jobs of a queue that wait, as `cancel` does one, with a note in the audit log for each. Locks: their rows, in
 -- order of id, skipping held ones: whoever claims one meanwhile has it. Index: jobs_pkey.
 -- One row: how many.
 WITH picked AS MATERIALIZED (
@@ -14,9 +14,9 @@ WITH picked AS MATERIALIZED (
         crashes, rescues, worker_id, enqueued_at, enqueued_by, claimed_at, unique_key, headers
     FROM gone
 ), noted AS (
-    INSERT INTO {schema}.audit_log (action, queue, reason, details)
-    SELECT 'purge_queue', %(queue)s::text, %(reason)s::text,
-           jsonb_strip_nulls(jsonb_build_object('by', %(by)s::text, 'task', %(task)s::text, 'jobs', count(*)))
-    FROM gone HAVING count(*) > 0
+    INSERT INTO {schema}.audit_log (action, job_id, queue, reason, details)
+    SELECT 'purge_queue', id, queue, %(reason)s::text, jsonb_strip_nulls(jsonb_build_object('by', %(by)s::text,
+           'before', jsonb_build_object('state', state, 'eta', eta), 'after', '{"state": "cancelled"}'::jsonb))
+    FROM gone
 )
 SELECT count(*) AS jobs FROM gone

@@ -1,5 +1,5 @@
--- Move jobs of a queue that wait to another one, to the end of their lanes there, in the order they had, with one note in
--- the audit log for all. Locks: their rows, in order of id, skipping held ones. Index: jobs_pkey.
+-- Move jobs of a queue that wait to another one, to the end of their lanes there, in the order they had, with a note in the
+-- audit log for each. Locks: their rows, in order of id, skipping held ones. Index: jobs_pkey.
 -- One row: how many, and whether some are ready.
 WITH picked AS MATERIALIZED (
     SELECT id, position FROM {schema}.jobs
@@ -12,11 +12,11 @@ WITH picked AS MATERIALIZED (
     UPDATE {schema}.jobs
     SET queue = %(to)s::text, position = (SELECT positions FROM placed)[array_position((SELECT ids FROM placed), id)]
     WHERE id = ANY ((SELECT ids FROM placed)::uuid[])
-    RETURNING state
+    RETURNING id, state
 ), noted AS (
-    INSERT INTO {schema}.audit_log (action, queue, reason, details)
-    SELECT 'move_jobs', %(queue)s::text, %(reason)s::text, jsonb_strip_nulls(jsonb_build_object('by', %(by)s::text,
-           'task', %(task)s::text, 'before', %(queue)s::text, 'after', %(to)s::text, 'jobs', count(*)))
-    FROM moved HAVING count(*) > 0
+    INSERT INTO {schema}.audit_log (action, job_id, queue, reason, details)
+    SELECT 'move_job', id, %(queue)s::text, %(reason)s::text, jsonb_strip_nulls(jsonb_build_object('by', %(by)s::text,
+           'before', jsonb_build_object('queue', %(queue)s::text), 'after', jsonb_build_object('queue', %(to)s::text)))
+    FROM moved
 )
 SELECT count(*) AS jobs, coalesce(bool_or(state = 'ready'), false) AS ready FROM moved

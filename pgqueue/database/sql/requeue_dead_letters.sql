@@ -23,8 +23,10 @@ WITH picked AS MATERIALIZED (
 ), noted AS (
     INSERT INTO {schema}.audit_log (action, job_id, queue, reason, details)
     SELECT 'requeue', id, queue, %(reason)s::text,
-           jsonb_strip_nulls(jsonb_build_object('by', %(by)s::text, 'died_at', died_at, 'dead_letter_queue', dead_letter_queue,
-               'dead_because', reason, 'error_class', error_class, 'retries', retries, 'crashes', crashes))
+           jsonb_strip_nulls(jsonb_build_object('by', %(by)s::text, 'before', jsonb_build_object('state', 'dead',
+               'died_at', died_at, 'dead_letter_queue', dead_letter_queue, 'reason', reason,
+               'error_class', error_class, 'retries', retries, 'crashes', crashes),
+               'after', '{"state": "ready", "retries": 0, "crashes": 0}'::jsonb))
     FROM picked
     WHERE id IN (SELECT id FROM moved)
     ORDER BY id

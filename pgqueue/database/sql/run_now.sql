@@ -6,6 +6,8 @@ WITH due AS (
     RETURNING id, queue, eta
 ), noted AS (
     INSERT INTO {schema}.audit_log (action, job_id, queue, reason, details)
-    SELECT 'run_now', id, queue, %(reason)s::text, jsonb_build_object('by', %(by)s::text, 'eta', eta) FROM due
+    SELECT 'run_now', id, queue, %(reason)s::text, jsonb_strip_nulls(jsonb_build_object('by', %(by)s::text,
+           'before', jsonb_build_object('state', 'scheduled', 'eta', eta), 'after', '{"state": "ready"}'::jsonb))
+    FROM due
 )
 SELECT queue FROM due
