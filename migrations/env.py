@@ -12,7 +12,7 @@ from pgqueue.database.tables import metadata_for
 
 config = context.config
 schema: str = config.attributes["schema"]
-_PARTITION = re.compile(r"_(p\d{8}|default)$")
+_PARTITION = re.compile(r"_(p\d{8}|kept_\d{8}|default)$")
 
 
 def _is_ours(

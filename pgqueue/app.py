@@ -36,6 +36,7 @@ from pgqueue.options import (
 )
 from pgqueue.queues import Queues
 from pgqueue.result import AsyncResult
+from pgqueue.retention import Retention
 from pgqueue.retry import RetryPolicy
 from pgqueue.schedules import Decorated, Schedules, SchedulesInCode
 from pgqueue.task import (
@@ -407,6 +408,11 @@ class PgQueue:
     def dead_letters(self) -> DeadLetters:
         """Dead letters, to see, requeue and purge."""
         return DeadLetters(self)
+
+    @property
+    def retention(self) -> Retention:
+        """How long history and dead letters are kept, to see and to change by task or queue."""
+        return Retention(self)
 
     def open_session(self) -> AbstractContextManager[Session]:
         """A connection to the queue's database for what people do, see `pgqueue.database.session`."""

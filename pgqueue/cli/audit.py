@@ -70,7 +70,7 @@ def _table(acts: list[Act]) -> RenderableType:
             moment(act.at),
             act.by or act.actor,
             act.action,
-            act.job_id or act.schedule or act.queue,
+            act.job_id or act.schedule or act.queue or act.details.get("task"),
             _change(act),
             act.reason or "",
         )

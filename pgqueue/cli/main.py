@@ -28,6 +28,8 @@ _COMMANDS = {
     "dead": "pgqueue.cli.dead:dead",
     "queue": "pgqueue.cli.queue:queue",
     "audit": "pgqueue.cli.audit:audit",
+    "retention": "pgqueue.cli.retention:retention",
+    "prune": "pgqueue.cli.retention:prune",
     "schedule": "pgqueue.cli.schedule:schedule",
 }
 

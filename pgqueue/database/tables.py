@@ -271,6 +271,30 @@ def metadata_for(schema: str = "pgqueue") -> MetaData:
         CheckConstraint("length(queue) BETWEEN 1 AND 63", name="schedules_queue_length"),
     )
     Table(
+        "retention",
+        metadata,
+        _column("what", _WORD),
+        _column("scope", _WORD),
+        _column("name", _WORD),
+        _column("keep", Interval),
+        Column("set_at", _TIME, nullable=False, server_default=_NOW),
+        Column("set_by", Text, nullable=False, server_default=text("SESSION_USER")),
+        PrimaryKeyConstraint("what", "scope", "name", name="retention_pkey"),
+        CheckConstraint("what IN ('finished', 'failures', 'dead_letters')", name="retention_what_known"),
+        CheckConstraint("scope IN ('task', 'queue')", name="retention_scope_known"),
+        CheckConstraint("keep BETWEEN interval '0' AND interval '100 years'", name="retention_keep_range"),
+    )
+    Table(
+        "retention_walks",
+        metadata,
+        _column("part", _WORD),
+        _column("general", Interval),
+        _column("keep", Interval),
+        Column("block", BigInteger, nullable=True, server_default=text("0")),
+        Column("walked_at", _TIME, nullable=False, server_default=_NOW),
+        PrimaryKeyConstraint("part", name="retention_walks_pkey"),
+    )
+    Table(
         "audit_log",
         metadata,
         Column("id", BigInteger, Identity(always=True), nullable=False),

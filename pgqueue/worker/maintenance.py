@@ -54,6 +54,10 @@ CANCEL_INTERVAL = 1.0
 NOTIFY_QUEUE_INTERVAL = 10.0
 HOUSEKEEPING_INTERVAL = 60.0
 PARTITIONS_INTERVAL = 3600.0
+WALK_PAUSE = 0.5
+"""Seconds between steps over a day of history that goes in part: heartbeats come in between."""
+_NOT_THERE = "42883"
+"""The SQLSTATE of a function that the schema's revision does not have yet."""
 
 
 class Watch:
@@ -163,6 +167,7 @@ class Maintenance:
         self._notify_queue = _Timer()
         self._cancellations = _Timer(float("inf"))
         self._housekeeping = _Timer()
+        self._walk = _Timer()
         self._partitions = _Timer()
         self._share_at = _Timer(float("inf"))
         self._to_share: set[str] = set()
@@ -241,6 +246,7 @@ class Maintenance:
                 self._discovery.at if self._discover is not None else float("inf"),
                 self._notify_queue.at,
                 self._housekeeping.at,
+                self._walk.at,
                 self._share_at.at,
                 self._cancellations.at,
                 clock() + RUNNING_INTERVAL if self._work.in_flight else float("inf"),
@@ -275,6 +281,8 @@ class Maintenance:
         if now >= self._housekeeping.at:
             self._housekeeping.at = now + HOUSEKEEPING_INTERVAL * self._random.uniform(0.9, 1.1)
             await self.keep_house(now)
+        if now >= self._walk.at:
+            await self.walk_history(now)
 
     async def beat(self, now: float) -> None:
         """Heartbeat, then fence the silent and rescue what they held."""
@@ -379,7 +387,7 @@ class Maintenance:
     async def keep_house(self, now: float) -> None:
         """Partitions, retention, the rows of workers long gone; what fails does not stop the rest."""
         config = self._config
-        if now >= self._partitions.at and await self._tidy("make_partitions"):
+        if now >= self._partitions.at and await self._tidy("make_partitions") is not None:
             self._partitions.at = now + PARTITIONS_INTERVAL
         await self._tidy(
             "drop_partitions",
@@ -387,18 +395,28 @@ class Maintenance:
             failures_days=config.retention_failures,
         )
         await self._tidy("delete_fenced_workers")
-        await self._tidy("prune_dead_letters", days=config.retention_dead_letters)
+        if await self._tidy("prune_dead_letters_by_rules", days=config.retention_dead_letters) is None:
+            await self._tidy("prune_dead_letters", days=config.retention_dead_letters)
         await self._tidy("prune_audit_log", days=config.retention_audit)
 
-    async def _tidy(self, name: str, **parameters: object) -> bool:
-        """Run one statement of housekeeping; False if the database refused it."""
+    async def walk_history(self, now: float) -> None:
+        """A step over a day of history of which only some rows are past their retention, if there is one."""
+        config = self._config
+        self._walk.at = now + HOUSEKEEPING_INTERVAL * self._random.uniform(0.9, 1.1)
+        for what, days in (("finished", config.retention_finished), ("failures", config.retention_failures)):
+            if await self._tidy("prune_history", what=what, days=days):
+                self._walk.at = clock() + WALK_PAUSE
+
+    async def _tidy(self, name: str, **parameters: object) -> int | None:
+        """Run one statement of housekeeping; how many rows it answered, None if the database refused it."""
         try:
             rows = await self._link.call(name, **parameters)
         except GroupFailed as error:
-            log.warning("housekeeping_failed act=%s error=%s", name, error)
-            return False
+            if error.sqlstate != _NOT_THERE:
+                log.warning("housekeeping_failed act=%s error=%s", name, error)
+            return None
         log.debug("housekeeping act=%s rows=%d", name, len(rows))
-        return True
+        return len(rows)
 
     async def became_ready(self, queues: list[str]) -> None:
         """Jobs have become ready without an enqueue: tell ourselves, and whoever sleeps."""

@@ -117,6 +117,8 @@ VALID: Mapping[str, tuple[str, ...]] = {
     "pgqueue queue purge": ("q", "--dry-run"),
     "pgqueue queue move": ("q", "r", "--dry-run"),
     "pgqueue schedule add": ("n", "--task", "t", "--cron", "@daily"),
+    "pgqueue retention set": ("--task", "t", "--finished", "1d"),
+    "pgqueue retention remove": ("--task", "t"),
     "pgqueue schedule pause": ("n",),
     "pgqueue schedule resume": ("n",),
     "pgqueue schedule remove": ("n",),
@@ -140,6 +142,9 @@ TEXTS: Mapping[str, Sequence[str]] = {
     "tags": ("",),
     "enqueued_by": ("",),
     "action": ("",),
+    "finished": ("", "soon", "-1d", "2 fortnights", HUGE),
+    "failures": ("", "soon", "-1d", "2 fortnights", HUGE),
+    "dead_letters": ("", "soon", "-1d", "2 fortnights", HUGE),
     "who": ("",),
     "schedule": ("",),
     "note": (),
@@ -208,7 +213,7 @@ def lines_of(path: tuple[str, ...], command: click.Command) -> Iterator[Line]:
         if path:
             yield line(name, names=name)  # without its value
         for status, value in wrong_values(
-            option, any_name=path[0:1] in (("dead",), ("queue",), ("job",), ("audit",))
+            option, any_name=path[0:1] in (("dead",), ("queue",), ("job",), ("audit",), ("retention",))
         ):
             yield line(name, value, status=status, names=value if shows(option, value) else "")
         yield line(

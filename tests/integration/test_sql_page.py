@@ -56,6 +56,7 @@ def shop(postgres: Any) -> Iterator[psycopg.Connection[dict[str, Any]]]:
 
 
 def by_hand(app: PgQueue, connection: psycopg.Connection[dict[str, Any]]) -> None:
+    app.retention.set(task="shop.invoice", finished=timedelta(days=365), by="ann", reason="tax law")
     app.queues.pause("email", by="ann", reason="the mail server moves")
     app.dead_letters.requeue(["01890a5d-0000-7000-8000-000000000006"], by="ann", reason="mended")
     app.schedules.add("nightly", "shop.close_day", every=timedelta(hours=1), by="ann")
