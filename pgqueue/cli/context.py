@@ -46,7 +46,7 @@ class Context:
         target = self.application
         if target is None:
             return None
-        from pgqueue.app import load_app
+        from pgqueue.loading import load_app
 
         try:
             with contextlib.redirect_stdout(sys.stderr):  # what it prints is not what the command answers

@@ -29,9 +29,10 @@ from typing import Any
 
 import msgspec
 
-from pgqueue.app import PgQueue, load_app
+from pgqueue.app import PgQueue
 from pgqueue.config import LOG_FORMAT
 from pgqueue.errors import ConfigError, PgQueueError
+from pgqueue.loading import load_app
 from pgqueue.task import Task
 from pgqueue.worker.executor import become_executor, run_hook
 from pgqueue.worker.signals import stay_when_asked_to_stop
