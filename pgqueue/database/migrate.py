@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 VERSION_TABLE = "alembic_version"
+_PARTITION = re.compile(r"_((p|kept_)\d{8}|default)$")
 OLDEST_REVISION: Final = "0001"
 """The oldest revision this release works on: its statements use nothing that a later one has made. Raise it
 when one of them does, one release after the revision that made it: then every database has been migrated."""
@@ -180,13 +181,30 @@ def check_drift(dsn: str, *, schema: str = "pgqueue") -> None:
     _online(dsn, schema, lambda config, _: command.check(config))
 
 
-def upgrade_sql(*, schema: str = "pgqueue", since: str | None = None) -> str:
+def compare_options(schema: str) -> dict[str, Any]:
+    """What alembic is to compare a database with, and what it leaves out."""
+    from pgqueue.database.tables import metadata_for
+
+    def is_ours(name: str | None, kind: str, parents: object) -> bool:
+        # Day partitions are made by a function, so only their parents are compared.
+        return name == schema if kind == "schema" else kind != "table" or not _PARTITION.search(name or "")
+
+    return {
+        "target_metadata": metadata_for(schema),
+        "version_table": VERSION_TABLE,
+        "version_table_schema": schema,
+        "include_schemas": True,
+        "include_name": is_ours,
+    }
+
+
+def upgrade_sql(*, schema: str = "pgqueue", since: str | None = None, to: str = "head") -> str:
     """The upgrade of an empty database, or of one at the revision `since`, as one SQL script."""
     from alembic import command
 
     out = io.StringIO()
     config = _config(schema, out)
-    command.upgrade(config, f"{check_revision(since)}:head" if since is not None else "head", sql=True)
+    command.upgrade(config, f"{check_revision(since)}:{to}" if since is not None else to, sql=True)
     return out.getvalue()
 
 
@@ -239,6 +257,20 @@ def _config(schema: str, output: io.StringIO | None = None) -> Config:
     return config
 
 
+def open_engine(dsn: str) -> Engine:
+    """SQLAlchemy's way to the database, for what alembic does; it keeps no connections."""
+    import psycopg
+    import sqlalchemy
+
+    options = connect_options(dsn)
+    return sqlalchemy.create_engine(
+        "postgresql+psycopg://",
+        creator=lambda: psycopg.connect(dsn, prepare_threshold=None, **options),
+        poolclass=sqlalchemy.NullPool,
+        isolation_level="READ COMMITTED",
+    )
+
+
 def _online(
     dsn: str,
     schema: str,
@@ -253,13 +285,7 @@ def _online(
     import sqlalchemy
 
     config = _config(schema)
-    options = connect_options(dsn)
-    engine = sqlalchemy.create_engine(
-        "postgresql+psycopg://",
-        creator=lambda: psycopg.connect(dsn, prepare_threshold=None, **options),
-        poolclass=sqlalchemy.NullPool,
-        isolation_level="READ COMMITTED",
-    )
+    engine = open_engine(dsn)
     started = time.monotonic()
     told: set[int] = set()
     try:

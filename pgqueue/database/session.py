@@ -42,10 +42,14 @@ class Session:
     Attributes:
         connection: psycopg's, in autocommit, with rows as dicts.
         schema: Where the queue's tables are.
+        statement_timeout: What a statement may take, as Postgres writes it.
+        lock_timeout: What a statement may wait for a lock.
     """
 
     connection: psycopg.Connection[Row]
     schema: str
+    statement_timeout: str = STATEMENT_TIMEOUT
+    lock_timeout: str = LOCK_TIMEOUT
 
     @contextlib.contextmanager
     def transaction(self, *, by_index: bool = False) -> Iterator[None]:
@@ -56,8 +60,16 @@ class Session:
         """
         settings = "begin_work" if by_index else "set_timeouts"
         with self.connection.transaction():
-            self.run(settings, statement_timeout=STATEMENT_TIMEOUT, lock_timeout=LOCK_TIMEOUT)
+            self.run(settings, statement_timeout=self.statement_timeout, lock_timeout=self.lock_timeout)
             yield
+
+    def read_revision(self) -> tuple[str | None, str | None]:
+        """The revision the schema is at, None when there is none, and what it says of the oldest release that
+        may work on it.
+        """
+        with self.transaction():
+            rows = self.run("read_revision") if self.run("read_revision_table")[0]["found"] else []
+        return (rows[0]["version_num"], rows[0]["oldest_code_revision"]) if rows else (None, None)
 
     @contextlib.contextmanager
     def transaction_since(self, revision: str, what: str) -> Iterator[None]:
@@ -123,13 +135,11 @@ def open_session(dsn: str, *, schema: str = "pgqueue") -> Generator[Session, Non
         SchemaMismatch: It was not migrated, or to a revision this release does not work with.
         DatabaseError: It refused a statement.
     """
-    connection = _connect(dsn)
+    connection = connect(dsn)
     try:
         session = Session(connection, schema)
-        with session.transaction():
-            rows = session.run("read_revision") if session.run("read_revision_table")[0]["found"] else []
-        found = rows[0] if rows else {"version_num": None, "oldest_code_revision": None}
-        require_revision(found["version_num"], found["oldest_code_revision"], schema=schema)
+        found, oldest_code = session.read_revision()
+        require_revision(found, oldest_code, schema=schema)
         yield session
     except psycopg.Error as error:
         raise _explained(error, connection) from error
@@ -137,7 +147,13 @@ def open_session(dsn: str, *, schema: str = "pgqueue") -> Generator[Session, Non
         connection.close()
 
 
-def _connect(dsn: str) -> psycopg.Connection[Row]:
+def connect(dsn: str) -> psycopg.Connection[Row]:
+    """A connection for a `Session`; whoever calls this closes it.
+
+    Raises:
+        ConfigError: The DSN cannot be read.
+        DatabaseUnavailable: The database cannot be reached.
+    """
     options = connect_options(dsn)
     try:
         connection = psycopg.connect(
