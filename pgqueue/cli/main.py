@@ -31,6 +31,7 @@ _COMMANDS = {
     "retention": "pgqueue.cli.retention:retention",
     "prune": "pgqueue.cli.retention:prune",
     "schedule": "pgqueue.cli.schedule:schedule",
+    "doctor": "pgqueue.cli.doctor:doctor",
 }
 
 

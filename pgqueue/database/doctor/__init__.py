@@ -1,0 +1,1 @@
+"""What may be wrong with a queue and its database, what it means, and the command that mends it."""
