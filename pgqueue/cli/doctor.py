@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from difflib import get_close_matches
 from typing import Any, Final
 
 import click
@@ -17,7 +18,7 @@ from pgqueue.cli.output import clean, plural, progress_bar, show, show_json, tab
 from pgqueue.cli.status import ExitStatus, status_of
 from pgqueue.database.doctor.examine import CHECKS, examine, fix, open_visit, unreachable
 from pgqueue.database.doctor.report import LEVELS, Check, Finding, Level, at_least
-from pgqueue.errors import DatabaseUnavailable
+from pgqueue.errors import DatabaseUnavailable, shown
 
 _STYLES: Final = {
     "error": "bold red",
@@ -26,6 +27,17 @@ _STYLES: Final = {
     "ok": "green",
     "skipped": "dim",
 }
+
+
+class _CheckName(click.Choice[str]):
+    """One of many: too many for an error message to name."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        near = get_close_matches(str(value), self.choices, n=1)
+        if value not in self.choices:
+            way = f"did you mean {near[0]!r}? " if near else ""
+            self.fail(f"must be the name of a check, got {shown(value)}; {way}see --list", param, ctx)
+        return str(value)
 
 
 @click.command(
@@ -54,7 +66,7 @@ reached, 5 if the schema is missing or at a revision that this release does not 
 )
 @click.option(
     "--only",
-    type=click.Choice(list(CHECKS)),
+    type=_CheckName(list(CHECKS)),
     multiple=True,
     metavar="CHECK",
     help="Make only this check; may be given again.",
@@ -161,7 +173,7 @@ def show_text(text: str) -> None:
 
 
 def _line(level: str, name: str, text: str) -> None:
-    show(Text.assemble((f"{level:<9}", _STYLES[level]), f"{name:<14}", clean(text)))
+    show(Text.assemble((f"{level:<9}", _STYLES[level]), f"{name:<16}", clean(text)))
 
 
 def _part(word: str, text: str, tell: Callable[[str], None]) -> None:

@@ -149,6 +149,7 @@ TEXTS: Mapping[str, Sequence[str]] = {
     "schedule": ("",),
     "note": (),
     "name": ("",),
+    "older_than": ("", "soon", "-1h", "2 fortnights", HUGE),
     "resume_in": ("", "soon", "0", "-1h", "2 fortnights", HUGE),
     "resume_at": ("", "soon", "2026-01-31T09:00", "9999-12-31T23:59Z"),
     "cron": ("", "0 9 * *", "60 9 * * *", "0 9 31 2 *", "@reboot", "every day"),
@@ -239,7 +240,7 @@ def shows(option: click.Option, value: str) -> bool:
     """Whether the message has the value as it was typed: no DSN is shown, of a list the part that is wrong, of a
     number what was read, and of a long one the beginning."""
     if (
-        option.name in ("dsn", "queues", "since", "to", "every", "jitter", "resume_in")
+        option.name in ("dsn", "queues", "since", "to", "every", "jitter", "resume_in", "older_than")
         or len(value) > 80
         or "\t" in value
         or value.startswith(("9999-", '["\\'))
@@ -384,6 +385,9 @@ LINES: tuple[Line, ...] = (
        ("inspect", "active"), ("enqueue", "t"))),
     Line(("-A", "shop:app", "enqueue", "tasks.send", "--args", "[1]"), 2, {"PGQUEUE_DSN": ""}, names="PGQUEUE_DSN", topic=DATABASES),
     Line(("-A", "shop:app", "worker"), 2, {"PGQUEUE_DSN": ""}, names="PGQUEUE_DSN", own_process=True, topic=DATABASES),
+    Line(("doctor",), 2, {"PGQUEUE_DSN": ""}, names="PGQUEUE_DSN", topic=DATABASES),
+    Line(("doctor", "--dsn", "<dsn>"), names="--dsn"),
+    Line(("doctor", "--only", "drift,clock"), names="drift,clock"),
     # One that cannot be used.
     *(Line(("--dsn", dsn, *command), 4, topic=DATABASES) for dsn in UNREACHABLE for command in (READ, ("enqueue", "t"), ("migrate",))),
     Line(("--dsn", "<dsn of a database without the schema>", *READ), 5, names="pgqueue migrate", topic=DATABASES),

@@ -76,6 +76,7 @@ COMMANDS = [
     ["schedule", "remove"],
     ["schedule", "run-now"],
     ["schedule", "next"],
+    ["doctor"],
 ]
 
 

@@ -50,7 +50,7 @@ CHECKS: Final[dict[str, Look]] = {
     "pooler": Look(server.check_pooler, "a pooler in the way of LISTEN", "server"),
     "clock": Look(server.check_clock, "this machine's clock against the database's", "server"),
     "settings": Look(server.check_settings, "fsync, full_page_writes, synchronous_commit", "server"),
-    "connections": Look(server.check_connections, "how many connections are left", "server"),
+    "max-connections": Look(server.check_connections, "how many connections are left", "server"),
     "notify-queue": Look(
         server.check_notify_queue, "a notification queue that fills, a held lock of NOTIFY", "server"
     ),
@@ -138,9 +138,8 @@ def _why_not(visit: Visit, needs: Needs) -> str | None:
         return "the connection to the database broke"
     if needs == "server":
         return None
-    grants = visit.grants
-    if grants is not None and not grants["usage"]:
-        return "this role has no right on the schema, see privileges"
+    if not visit.reads_schema:
+        return "this role may not look, see privileges"
     if needs != "schema" and visit.mismatch is not None:
         return "there is no schema this release works on, see revision"
     if needs == "release" and visit.outdated:
@@ -187,12 +186,17 @@ def fix(visit: Visit, check: Check, *, by: str) -> None:
         by: Who asks for it, noted in the audit log beside the database role.
     """
     connection = visit.session.connection
+    acted = False
     for finding in check.findings:
         if not finding.fixable or connection.closed:
             continue
         connection.read_only = False
         try:
+            if acted and _left(visit, check.name, finding) is None:
+                finding.fixed = True  # by what was done about another one
+                continue
             _mend(visit, check.name, finding, by)
+            acted = True
         except (psycopg.Error, DatabaseError) as error:
             finding.fixed, finding.refused = False, one_line(error)
         finally:
@@ -226,17 +230,22 @@ def _mend(visit: Visit, name: str, finding: Finding, by: str) -> None:
         _look_again(visit, name, finding, by)
 
 
-def _look_again(visit: Visit, name: str, finding: Finding, by: str) -> None:
-    """Whether it is mended; written to the audit log with what was and what is."""
+def _left(visit: Visit, name: str, finding: Finding) -> Finding | None:
+    """The finding as it is now; None when it is gone."""
     visit.forget()
     _, findings = CHECKS[name].look(visit)
-    left = next((each for each in findings if each.subject == finding.subject), None)
+    return next((each for each in findings if each.subject == finding.subject), None)
+
+
+def _look_again(visit: Visit, name: str, finding: Finding, by: str) -> None:
+    """Whether it is mended; written to the audit log with what was and what is."""
+    left = _left(visit, name, finding)
     details = {
         "by": by,
         "check": name,
         "statement": finding.mend,
-        "before": {"found": finding.what, **finding.facts},
-        "after": {"found": left.what, **left.facts} if left is not None else {"found": None},
+        "before": {"found": finding.what, "facts": finding.facts},
+        "after": {"found": left.what, "facts": left.facts} if left is not None else {"found": None},
     }
     visit.session.run("note_doctor_fix", details=json.dumps(details, default=str))
     finding.fixed = left is None

@@ -68,7 +68,7 @@ def check_privileges(visit: Visit) -> Seen:
         what = some([f"{right} on {name}" for _, name, right in missing], 4)
         findings.append(
             Finding(
-                "warning" if partly else "hint",
+                "error" if deed == "look" and not visit.reads_schema else "warning" if partly else "hint",
                 f"role {role} may not {deed}"
                 + (f", though it has some of the rights: it lacks {what}" if partly else ""),
                 "what needs one of them fails; old grants do not cover what a migration makes"
@@ -84,7 +84,7 @@ def check_privileges(visit: Visit) -> Seen:
 
 _WITHOUT: Final = {
     "enqueue": "producers need that; others do not",
-    "look": "inspect, doctor and lists need that",
+    "look": "inspect, doctor and lists need that: most checks are skipped",
     "operate": "requeueing, pausing, purging and schedules need that; a producer or a worker does not",
     "work": "workers need that; others do not",
 }

@@ -31,17 +31,7 @@ def check_connection(visit: Visit) -> Seen:
     """The server's version, how far it is, and whether it takes writes."""
     server = visit.server
     trip = min(trip for _, trip in _clocks(visit))
-    findings = []
-    if server["number"] < 10_000 * OLDEST_SERVER:
-        findings.append(
-            Finding(
-                "error",
-                f"the server is PostgreSQL {server['version']}",
-                f"pgqueue needs PostgreSQL {OLDEST_SERVER} or newer",
-                "upgrade the server, with pg_upgrade",
-                facts={"version": server["version"]},
-            )
-        )
+    findings = judge_version(server["number"], server["version"])
     if server["standby"]:
         findings.append(
             Finding(
@@ -67,6 +57,21 @@ def check_connection(visit: Visit) -> Seen:
     where = visit.session.connection.info.host or "this machine"
     fact = f"PostgreSQL {server['version'].split()[0]} on {where}, {1000 * trip:.1f} ms away"
     return f"{fact}, as role {server['role']} in database {server['database']}", findings
+
+
+def judge_version(number: int, version: str) -> list[Finding]:
+    """Whether the server is new enough; `number` as in server_version_num."""
+    if number >= 10_000 * OLDEST_SERVER:
+        return []
+    return [
+        Finding(
+            "error",
+            f"the server is PostgreSQL {version}",
+            f"pgqueue needs PostgreSQL {OLDEST_SERVER} or newer",
+            "upgrade the server, with pg_upgrade",
+            facts={"version": version},
+        )
+    ]
 
 
 def check_pooler(visit: Visit) -> Seen:
@@ -295,7 +300,7 @@ def session_words(row: Any) -> str:
     return f"session {row['pid']} ({who}{': ' if query else ''}{query})"
 
 
-READER: Final = 5.0
+READER: Final = 1.0
 """Seconds in a transaction after which a session may be what fills the notification queue."""
 
 
@@ -307,6 +312,8 @@ def check_notify_queue(visit: Visit) -> Seen:
     if row["usage"] > 0.5:
         readers = row["readers"]
         said = "; in a transaction: " + some([session_words(each) for each in readers], 3) if readers else ""
+        if not readers and not visit.server["sees_all"]:
+            said = f"; which one is hidden from role {visit.server['role']}: GRANT pg_read_all_stats shows it"
         ask = "SELECT pg_notification_queue_usage()   -- asking frees what everybody has read"
         end = "; ".join(f"SELECT pg_terminate_backend({each['pid']})" for each in readers[:1])
         findings.append(

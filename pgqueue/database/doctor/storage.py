@@ -104,9 +104,11 @@ def _judge_dead(visit: Visit, row: Row) -> Finding | None:
     dead, live, ago = row["dead"], row["live"], row["vacuumed_ago"]
     if dead < MANY_DEAD or dead < live / 5:
         return None
+    lately = ago is not None and ago < LATE_VACUUM
     # Who began before the last VACUUM has kept it from removing what it found.
-    holder = next((each for each in visit.snapshots if (each["seconds"] or 0.0) > (ago or LATE_VACUUM)), None)
-    if ago is not None and ago < LATE_VACUUM and holder is None:
+    limit = ago if lately else visit.old
+    holder = next((each for each in visit.snapshots if (each["seconds"] or 0.0) > limit), None)
+    if lately and holder is None:
         return None
     last = "it was never vacuumed" if ago is None else f"the last VACUUM was {span(ago)} ago"
     what = f"table {row['name']} has about {dead:,} dead rows beside {live:,} live ones; {last}"
@@ -158,8 +160,8 @@ def _judge_partitions(visit: Visit, row: Row) -> list[Finding]:
         findings.append(
             Finding(
                 "hint",
-                f"{_at_least(left)} of {row['parent']} are in the default partition, of days before yesterday "
-                "or in the far future",
+                f"{_at_least(left)} of {row['parent']} are in the default partition, of days before "
+                "yesterday or in the far future",
                 "they stay until their retention has passed, and make looking up history slower",
                 f"TABLE {visit.schema}.{row['parent']}_default LIMIT 10",
                 f"{row['parent']} default",

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from pgqueue.database.doctor.report import Finding
-from pgqueue.database.migrate import head_revision, require_revision
+from pgqueue.database.migrate import VERSION_TABLE, head_revision, require_revision
 from pgqueue.database.session import Row, Session
 from pgqueue.database.stats import WorkerStats, list_workers, worker_state
 from pgqueue.errors import SchemaMismatch
@@ -71,8 +71,14 @@ class Visit:
 
     @property
     def reads_schema(self) -> bool:
-        """Whether this role may look what revision the schema is at; there is none to look at is also yes."""
-        return self.grants is None or bool(self.grants["usage"])
+        """Whether this role may look what revision the schema is at."""
+        grants = self.grants
+        if grants is None:
+            return True  # and there is none
+        tables = (VERSION_TABLE, "meta")
+        return bool(grants["usage"]) and all(
+            "SELECT" in grants["relations"].get(name, ["SELECT"]) for name in tables
+        )
 
     @cached_property
     def revision(self) -> str | None:

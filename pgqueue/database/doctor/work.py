@@ -240,7 +240,7 @@ def _judge_schedule(visit: Visit, schedule: ScheduleStatus) -> Finding | None:
             "error",
             f"is stuck: its tick of {schedule.next_tick} is {span(late)} overdue, though workers are alive",
             "no job is made for its ticks; the workers cannot make it, or the database refuses it",
-            f"{visit.command('schedule', 'run-now', schedule.name)}   # and look for schedule_broken in the logs",
+            f"{visit.command('schedule', 'run-now', schedule.name)}   # and look for schedule_broken in logs",
         )
     if len(schedule.held) >= HELD:
         way = visit.command("job", "show", schedule.last_job) if schedule.last_job else remove

@@ -6,7 +6,7 @@ SELECT 'session' AS kind, pid, usename::text AS role, application_name AS name, 
        greatest(age(backend_xmin), age(backend_xid)) AS age, NULL::boolean AS active, NULL::bigint AS wal
 FROM pg_stat_activity
 WHERE (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) AND datname = current_database() AND pid <> pg_backend_pid()
-  AND NOT (backend_type = 'autovacuum worker' OR query ILIKE 'vacuum%%')
+  AND (backend_type = 'autovacuum worker' OR query ILIKE 'vacuum%%') IS NOT TRUE
 UNION ALL
 SELECT 'standby', pid, usename::text, application_name, state, NULL, NULL, NULL, age(backend_xmin), true, NULL
 FROM pg_stat_replication WHERE backend_xmin IS NOT NULL
