@@ -16,15 +16,16 @@ from pgqueue.cli.dead import who
 from pgqueue.cli.options import Duration, json_option
 from pgqueue.cli.output import clean, plural, progress_bar, show, show_json, table
 from pgqueue.cli.status import ExitStatus, status_of
-from pgqueue.database.doctor.examine import CHECKS, examine, fix, open_visit, unreachable
+from pgqueue.database.doctor.examine import CHECKS, examine, fix, open_visit, unreachable, why_not
 from pgqueue.database.doctor.report import LEVELS, Check, Finding, Level, at_least
-from pgqueue.errors import DatabaseUnavailable, shown
+from pgqueue.errors import DatabaseUnavailable, PgQueueError, shown
 
 _STYLES: Final = {
     "error": "bold red",
     "warning": "bold yellow",
     "hint": "cyan",
     "ok": "green",
+    "fixed": "green",
     "skipped": "dim",
 }
 
@@ -100,7 +101,7 @@ def doctor(
         _list(names, as_json=as_json)
         return ExitStatus.DONE
     dsn, config = context.database, context.config
-    failure: Exception | None = None
+    failure: PgQueueError | None
     try:
         with (
             progress_bar("looking", len(names), shown=True) as advance,
@@ -112,11 +113,7 @@ def doctor(
             if fixes:
                 for check in checks:
                     fix(visit, check, by=who())
-            needs_schema = any(CHECKS[name].needs != "server" for name in names)
-            if visit.session.connection.closed:
-                failure = DatabaseUnavailable("the connection to the database broke; try again")
-            elif needs_schema and visit.reads_schema:
-                failure = visit.mismatch
+            failure = why_not(visit, names)
     except DatabaseUnavailable as error:
         failure, checks = error, unreachable(error, dsn, names)
     failed = [check for check in checks if at_least(check.level, fail_on)]
@@ -157,14 +154,14 @@ def _show(check: Check, *, fixes: bool) -> None:
     if not check.findings:
         _line(check.level, check.name, check.skipped or check.fact)
     for finding in check.findings:
-        _line("ok" if finding.fixed else finding.level, check.name, finding.what)
+        _line("fixed" if finding.fixed else finding.level, check.name, finding.what)
         _part("means:", finding.means, show_text)
         fix_does_it = "   (--fix does it)" if finding.fixable and not fixes else ""
         _part("mend: ", f"{clean(finding.mend)}{fix_does_it}", click.echo)  # not wrapped: it is copied
         if finding.fixed:
-            _part("fixed:", "done, and written to the audit log", show_text)
+            _part("done: ", "by --fix, and written to the audit log", show_text)
         elif finding.refused is not None:
-            _part("not fixed:", finding.refused, show_text)
+            _part("not done:", finding.refused, show_text)
 
 
 def show_text(text: str) -> None:

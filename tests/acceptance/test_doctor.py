@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -12,8 +13,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -22,10 +24,13 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
+from pgqueue.cli.main import main
 from pgqueue.database.doctor.blueprint import blueprint, read_script
 from pgqueue.database.doctor.examine import CHECKS
-from pgqueue.database.doctor.server import judge_version
+from pgqueue.database.doctor.schema import definition_command
+from pgqueue.database.doctor.server import READER, judge_version
 from pgqueue.database.migrate import head_revision, upgrade
+from pgqueue.worker.signals import STOP_SIGNALS
 from tests.acceptance.workers import Gate, Jobs, Workers, eventually
 from tests.faults.pgbouncer import pgbouncer
 from tests.servers import MAJOR, Server, own_server
@@ -91,11 +96,30 @@ class Doctor:
         return done.returncode, done.stdout, done.stderr
 
     def __call__(self, *flags: str, before: tuple[str, ...] = (), **environment: str) -> Report:
-        status, out, err = self.text("--json", *flags, before=before, **environment)
-        document = json.loads(out)
-        assert document["ok"] is (status == 0)
-        assert bool(err) is (status != 0)
-        return Report(status, document, err)
+        """The document, from the entry point in this process: starting another takes ten times as long."""
+        out, err = io.StringIO(), io.StringIO()
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        with pytest.MonkeyPatch.context() as patch:
+            for name in os.environ.keys() - self.environment().keys():
+                patch.delenv(name)
+            for name, value in (self.environment() | environment).items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["pgqueue", *before, "doctor", "--json", *flags])
+            try:
+                with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
+                    main()
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        assert isinstance(exit.value.code, int)
+        return report_of(exit.value.code, out.getvalue(), err.getvalue())
+
+
+def report_of(status: int, out: str, err: str) -> Report:
+    document = json.loads(out)
+    assert document["ok"] is (status == 0)
+    assert err.count("\n") == (status != 0)
+    return Report(status, document, err)
 
 
 def only(*names: str) -> list[str]:
@@ -220,14 +244,21 @@ def test_a_schema_that_is_not_as_the_migrations_made_it(broken_dsn: str) -> None
     assert doctor(*schema, "--fail-on", "hint").levels == {}, "the mends mend"
 
 
+@cache
+def migrate_sql() -> bytes:
+    """What `pgqueue migrate --sql` prints."""
+    command = [sys.executable, "-m", "pgqueue.cli.main", "migrate", "--sql"]
+    return subprocess.run(command, capture_output=True, check=True).stdout
+
+
 def mend(dsn: str, command: str) -> None:
     """Do what the doctor says: a statement after the other, or a pipe into psql without psql."""
     with connected(dsn) as connection:
         if command.startswith("pgqueue "):
-            command, _, psql = command.rpartition(" | psql")
-            command = command.replace("pgqueue ", f"{sys.executable} -m pgqueue.cli.main ", 1)
-            environment = Doctor(dsn).environment()
-            done = subprocess.run(["bash", "-c", command], capture_output=True, check=True, env=environment)
+            command, _, psql = command.partition(" | ")[2].rpartition(" | psql")
+            done = subprocess.run(
+                ["bash", "-c", command], capture_output=True, check=True, input=migrate_sql()
+            )
             connection.execute(done.stdout)
             if "-c " in psql:
                 connection.execute(psql.partition("-c ")[2].strip("'").encode())
@@ -236,18 +267,18 @@ def mend(dsn: str, command: str) -> None:
             connection.execute(statement.encode())
 
 
-def test_the_mend_of_every_function_and_view_is_its_definition(tmp_path: Path) -> None:
+def test_the_mend_of_every_function_and_view_is_its_definition(dsn: str, tmp_path: Path) -> None:
     made = blueprint("pgqueue", head_revision())
+    with connected(dsn) as connection:
+        rows = connection.execute(
+            "select relname, reloptions from pg_class where relnamespace = 'pgqueue'::regnamespace"
+            " and relkind = 'r' and reloptions is not null"
+        ).fetchall()
+    assert made.options == {
+        row["relname"]: dict(each.split("=") for each in row["reloptions"]) for row in rows
+    }, "what is taken for the tables' settings is what they are made with"
     script = tmp_path / "migrate.sql"
-    script.write_text(
-        subprocess.run(
-            [sys.executable, "-m", "pgqueue.cli.main", "migrate", "--sql"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    )
-    from pgqueue.database.doctor.schema import definition_command
+    script.write_bytes(migrate_sql())
 
     class Visit:
         schema = "pgqueue"
@@ -307,9 +338,8 @@ def test_storage_settings_and_partitions_are_fixed(broken_dsn: str) -> None:
 
     status, text, err = doctor.text(*storage, "--fix")
     assert (status, err) == (0, ""), text
-    assert text.count("fixed: done, and written to the audit log") == 4
+    assert text.count("done:  by --fix, and written to the audit log") == 4
     assert "3 checks: 1 hint, 4 fixed" in text
-    assert doctor(*storage).levels == {"partitions": "hint"}
     with connected(broken_dsn) as connection:
         acts = connection.execute(
             "select actor, action, details from pgqueue.audit_log order by id"
@@ -335,7 +365,7 @@ def test_a_fix_that_is_refused_is_reported(broken_dsn: str) -> None:
     with role(broken_dsn, "GRANT SELECT ON ALL TABLES IN SCHEMA pgqueue TO {role}") as (dsn, _):
         status, text, _ = Doctor(dsn).text(*only("autovacuum"), "--fix")
     assert status == 0
-    assert "not fixed: must be owner of table jobs" in text
+    assert "not done: must be owner of table jobs" in text
     with connected(broken_dsn) as connection:
         assert connection.execute("select from pgqueue.audit_log").fetchall() == []
 
@@ -404,6 +434,39 @@ def test_a_check_that_cannot_be_made_stops_no_other(broken_dsn: str) -> None:
     assert "lock timeout" in report.finding("schedules")["what"]
 
 
+def test_a_migration_that_has_the_tables_locked(broken_dsn: str) -> None:
+    with connected(broken_dsn) as other, other.transaction():
+        other.execute("lock table pgqueue.meta")
+        report = Doctor(broken_dsn)(*only("clock", "revision", "queues"))
+    assert (report.status, report.levels) == (1, {"revision": "error", "queues": "error"})
+
+
+def test_a_connection_that_breaks(broken_dsn: str) -> None:
+    doctor = Doctor(broken_dsn)
+    command = [
+        sys.executable,
+        "-m",
+        "pgqueue.cli.main",
+        "doctor",
+        *only("clock", "queues", "workers"),
+        "--json",
+    ]
+    with connected(broken_dsn) as other, connected(broken_dsn) as watch, other.transaction():
+        other.execute("lock table pgqueue.jobs, pgqueue.workers")
+        with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=doctor.environment()) as process:
+            waits = (
+                "select pg_terminate_backend(pid) from pg_stat_activity where wait_event_type = 'Lock'"
+                " and datname = current_database()"
+            )
+            eventually(lambda: watch.execute(waits).rowcount, "it waits for the lock")
+            out, err = process.communicate(timeout=60)
+    report = report_of(process.returncode, out, err)
+    assert (report.status, report.checks["clock"]["level"]) == (4, "ok")
+    assert report.err == "pgqueue: the connection to the database broke; try again\n"
+    assert report.finding("workers", "the connection broke")["level"] == "error"
+    assert report.checks["queues"]["skipped"] == "the connection to the database broke"
+
+
 def test_revisions(fresh_dsn: str) -> None:
     doctor = Doctor(fresh_dsn)
     report = doctor()
@@ -444,15 +507,14 @@ def test_a_database_that_cannot_be_reached(db: str) -> None:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
         down = Doctor(f"postgresql://me:s3cret@127.0.0.1:{port}/shop")
-        report = down("--fail-on", "error")
         status, out, err = down.text()
-    finding = report.finding("connection")
-    assert (report.status, status) == (4, 4)
-    assert finding["mend"].startswith(f"pg_isready -h 127.0.0.1 -p {port}")
-    assert {check["level"] for name, check in report.checks.items() if name != "connection"} == {"skipped"}
-    assert out.startswith("error    connection      cannot reach the database: ")
+    lines = out.splitlines()
+    assert status == 4
+    assert lines[0].startswith("error    connection      cannot reach the database: ")
+    assert lines[2].startswith(f"    mend:  pg_isready -h 127.0.0.1 -p {port}")
+    assert {line.split()[0] for line in lines[3:-2]} == {"skipped"}
     assert err.startswith("pgqueue: cannot reach the database: ")
-    assert "s3cret" not in out + err + json.dumps(report.document)
+    assert "s3cret" not in out + err
 
     wrong = Doctor(urlunsplit(parts._replace(netloc=f"{parts.username}:s3cret@{where}")))(*only("clock"))
     assert wrong.status == 4
@@ -474,7 +536,8 @@ def test_clocks(db: str, tmp_path: Path) -> None:
     def told(seconds: float) -> Report:
         path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
         flags = ("--fail-on", "warning", *only("clock"))
-        return Doctor(db)(*flags, PYTHONPATH=path, CLOCK_IS_WRONG_BY=f"{seconds}")
+        said = Doctor(db).text("--json", *flags, PYTHONPATH=path, CLOCK_IS_WRONG_BY=f"{seconds}")
+        return report_of(*said)
 
     hour = told(3600).finding("clock", "60 min ahead of the database's")
     assert hour["level"] == "warning"
@@ -537,8 +600,14 @@ def test_a_server_in_trouble(unsafe_server: Server) -> None:
         counted = "select n_dead_tup from pg_stat_user_tables where relname = 'jobs' and n_dead_tup > 10000"
         other.execute("select pg_stat_force_next_flush()")
         eventually(lambda: other.execute(counted).fetchall(), "the dead rows are counted")
+        long = (
+            "select from pg_stat_activity where pid = %s and xact_start < now() - make_interval(secs => %s)"
+        )
+        eventually(
+            lambda: other.execute(long, [deaf.info.backend_pid, READER]).rowcount, "it has not read for long"
+        )
 
-        report = doctor("--older-than", "0")
+        report = doctor("--fix", "--older-than", "0")
         levels = {
             name: level for name, level in report.levels.items() if SMALL_QUEUE or name != "notify-queue"
         }
@@ -582,15 +651,15 @@ def test_a_server_in_trouble(unsafe_server: Server) -> None:
         assert "10 of 11 connections" in seen.checks["max-connections"]["fact"], "theirs, and 9 of others"
         assert str(pid) in hidden["what"]
         assert hidden["mend"] == f"GRANT pg_read_all_stats TO {name}"
-        # Nothing of this is for --fix.
-        assert (
-            doctor(*only("snapshots", "dead-rows"), "--fix", "--older-than", "0").checks["dead-rows"]["level"]
-            == "warning"
-        )
+        # Nothing of this was for --fix.
         assert holder.execute("select 1 as still").fetchall() == [{"still": 1}]
         assert other.execute("select from pgqueue.audit_log").fetchall() == []
 
-    assert doctor(*only("dead-rows")).finding("dead-rows")["fixable"]
+    with role(dsn, "GRANT SELECT ON ALL TABLES IN SCHEMA pgqueue TO {role}") as (visitor, _):
+        refused = Doctor(visitor)(*only("dead-rows"), "--fix").finding("dead-rows")
+    assert refused["fixable"]
+    assert not refused["fixed"]
+    assert "vacuum" in refused["refused"], "permission denied to vacuum, in words that differ by version"
     report = doctor(*only("dead-rows"), "--fix", "--fail-on", "warning")
     assert (report.status, report.finding("dead-rows")["fixed"]) == (0, True)
     with connected(dsn) as connection:
@@ -614,6 +683,7 @@ def test_commits_that_wait_to_notify(unsafe_server: Server) -> None:
             pid = holder.info.backend_pid
             setting = "select from pg_settings where name = 'synchronous_standby_names' and setting <> ''"
             eventually(lambda: watch.execute(setting).rowcount, "the setting is there")
+            watch.execute("select pg_notification_queue_usage()")  # the test before has filled it
             watch.execute("checkpoint")  # whose process tells the others of the setting
             holder.execute("set synchronous_commit = on")
             holder.execute("begin")
@@ -774,7 +844,6 @@ def test_work_in_trouble(jobs: Jobs, workers: Workers) -> None:
     died = report.finding("dead-letters", "2 jobs died in the last 60 min: 2 of shop.send (shop.Lost)")
     assert died["mend"] == "pgqueue dead list --since 1h"
 
-    assert doctor(*only("dead-letters")).status == 0
     status, text, err = doctor.text(*only("dead-letters"), "--fail-on", "hint")
     assert (status, err) == (1, "pgqueue: doctor has found 1 hint\n")
     assert "    mend:  pgqueue dead list --since 1h\n" in text
@@ -790,7 +859,6 @@ def test_a_pooler_in_the_way(db: str) -> None:
         assert report.levels == {"pooler": "warning"}
         good = Doctor(bouncer.dsn)(*only("pooler"), PGQUEUE_LISTEN_DSN=db)
         assert (good.levels, "hears" in good.checks["pooler"]["fact"]) == ({}, True)
-        assert Doctor(bouncer.dsn)(*only("pooler"), PGQUEUE_LISTEN="false").levels == {}
         wrong = Doctor(db)(*only("pooler"), PGQUEUE_LISTEN_DSN=bouncer.dsn)
         assert "the listen_dsn hears nothing" in wrong.finding("pooler")["what"]
     with pgbouncer(db, mode="session") as bouncer:

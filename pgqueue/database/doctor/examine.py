@@ -20,7 +20,7 @@ from pgqueue.database.doctor.report import Check, Finding, identifier
 from pgqueue.database.doctor.visit import Seen, Visit
 from pgqueue.database.dsn import one_line
 from pgqueue.database.session import Session, connect
-from pgqueue.errors import DatabaseError, DatabaseUnavailable, SchemaMismatch
+from pgqueue.errors import DatabaseError, DatabaseUnavailable, PgQueueError, SchemaMismatch
 
 Needs = Literal["server", "schema", "tables", "release"]
 
@@ -123,6 +123,18 @@ def make_check(visit: Visit, name: str) -> Check:
         return Check(name, skipped=str(error))
     except (psycopg.Error, DatabaseError) as error:
         return Check(name, findings=[_failed(visit, error)])
+
+
+def why_not(visit: Visit, names: Sequence[str]) -> PgQueueError | None:
+    """Why not all of these checks could be made: the connection broke, or the schema is none to work on."""
+    if visit.session.connection.closed:
+        return DatabaseUnavailable("the connection to the database broke; try again")
+    if all(CHECKS[name].needs == "server" for name in names):
+        return None
+    try:
+        return visit.mismatch if visit.reads_schema else None
+    except psycopg.Error:
+        return None  # it is a finding of the checks
 
 
 def unreachable(error: DatabaseUnavailable, dsn: str, names: Sequence[str]) -> list[Check]:
