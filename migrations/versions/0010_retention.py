@@ -107,6 +107,8 @@ DECLARE
     age     interval;
     kind    text;
     child   text;
+    whole   regclass;
+    part    regclass;
     dropped integer := 0;
 BEGIN
     -- A negative age would drop what is to come, and all there is.
@@ -133,6 +135,21 @@ BEGIN
                 EXIT;
             END;
         END LOOP;
+    END LOOP;
+    -- An index that the last day without it has left behind is whole now, and says so once it is attached again: the
+    -- newest day's, which nobody uses yet.
+    FOR whole, part IN
+        SELECT x.indexrelid::regclass, (SELECT h.inhrelid::regclass FROM pg_inherits h JOIN pg_index l ON l.indexrelid = h.inhrelid
+                                        JOIN pg_class t ON t.oid = l.indrelid WHERE h.inhparent = x.indexrelid ORDER BY t.relname DESC LIMIT 1)
+        FROM pg_index x
+        WHERE x.indrelid IN ('{schema}.finished_jobs'::regclass, '{schema}.failures'::regclass) AND NOT x.indisvalid
+          AND (SELECT count(*) FROM pg_inherits h WHERE h.inhparent = x.indrelid) = (SELECT count(*) FROM pg_inherits h WHERE h.inhparent = x.indexrelid)
+    LOOP
+        BEGIN
+            EXECUTE format('ALTER INDEX %s ATTACH PARTITION %s', whole, part);
+        EXCEPTION WHEN lock_not_available THEN
+            NULL;
+        END;
     END LOOP;
     DELETE FROM finished_jobs_default d WHERE d.finished_at <= now() - coalesce(
         (SELECT r.keep FROM retention r WHERE r.what = 'finished' AND r.scope = 'task' AND r.name = d.task),

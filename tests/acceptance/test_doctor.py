@@ -342,7 +342,7 @@ def test_storage_settings_and_partitions_are_fixed(broken_dsn: str) -> None:
     assert "3 checks: 1 hint, 4 fixed" in text
     with connected(broken_dsn) as connection:
         acts = connection.execute(
-            "select actor, action, details from pgqueue.audit_log order by id"
+            "select actor, action, details from pgqueue.audit_log where action <> 'migrate' order by id"
         ).fetchall()
         moved = connection.execute("select count(*) as n from pgqueue.finished_jobs_default").fetchall()
     assert moved == [{"n": 1}], "the row of today is in its partition"
@@ -367,7 +367,9 @@ def test_a_fix_that_is_refused_is_reported(broken_dsn: str) -> None:
     assert status == 0
     assert "not done: must be owner of table jobs" in text
     with connected(broken_dsn) as connection:
-        assert connection.execute("select from pgqueue.audit_log").fetchall() == []
+        assert (
+            connection.execute("select from pgqueue.audit_log where action = 'doctor_fix'").fetchall() == []
+        )
 
 
 @contextlib.contextmanager
@@ -653,7 +655,7 @@ def test_a_server_in_trouble(unsafe_server: Server) -> None:
         assert hidden["mend"] == f"GRANT pg_read_all_stats TO {name}"
         # Nothing of this was for --fix.
         assert holder.execute("select 1 as still").fetchall() == [{"still": 1}]
-        assert other.execute("select from pgqueue.audit_log").fetchall() == []
+        assert other.execute("select from pgqueue.audit_log where action = 'doctor_fix'").fetchall() == []
 
     with role(dsn, "GRANT SELECT ON ALL TABLES IN SCHEMA pgqueue TO {role}") as (visitor, _):
         refused = Doctor(visitor)(*only("dead-rows"), "--fix").finding("dead-rows")
@@ -663,7 +665,9 @@ def test_a_server_in_trouble(unsafe_server: Server) -> None:
     report = doctor(*only("dead-rows"), "--fix", "--fail-on", "warning")
     assert (report.status, report.finding("dead-rows")["fixed"]) == (0, True)
     with connected(dsn) as connection:
-        (act,) = connection.execute("select details from pgqueue.audit_log").fetchall()
+        (act,) = connection.execute(
+            "select details from pgqueue.audit_log where action = 'doctor_fix'"
+        ).fetchall()
     assert act["details"]["statement"] == "VACUUM (ANALYZE, SKIP_LOCKED) pgqueue.jobs"
     assert act["details"]["before"]["facts"]["dead"] >= 12_000
     run(dsn, "alter database " + urlsplit(dsn).path[1:] + " set default_transaction_read_only = on")

@@ -208,3 +208,42 @@ def test_without_a_server_it_is_one_line(tmp_path: Path) -> None:
     assert err.startswith("pgqueue: cannot ")
     assert err.count("\n") == 1
     assert "s3cret" not in err
+
+
+def test_a_large_day_is_not_indexed_and_the_index_is_whole_when_it_is_gone(fresh_dsn: str) -> None:
+    """An index on it would hold up acks for as long as it takes to build."""
+    migrate.upgrade(fresh_dsn, revision="0008")
+    with psycopg.connect(fresh_dsn, autocommit=True) as connection:
+        connection.execute("set timezone = 'UTC'")
+        connection.execute(
+            "insert into pgqueue.finished_jobs (id, state, queue, task, args, kwargs, priority, attempt,"
+            " retries, crashes, rescues, enqueued_at, enqueued_by, headers, finished_at)"
+            " select pgqueue.uuid7(), 'succeeded', 'q', 't', jsonb_build_array(repeat('x', 200)), '{}', 5, 1,"
+            " 0, 0, 0, now(), 'me', '{}', current_date - interval '1 hour' from generate_series(1, 40000)"
+        )
+        migrate.upgrade(fresh_dsn)
+
+        def missing() -> list[str]:
+            rows = connection.execute(
+                "select c.relname from pg_inherits i join pg_class c on c.oid = i.inhrelid"
+                " where i.inhparent = 'pgqueue.finished_jobs'::regclass and not exists (select from"
+                " pg_indexes x where x.tablename = c.relname and x.indexdef like '%correlation_id%')"
+            )
+            return [row[0] for row in rows]
+
+        def valid() -> set[bool]:
+            rows = connection.execute(
+                "select indisvalid from pg_index where indrelid = 'pgqueue.finished_jobs'::regclass"
+                " and indpred is not null"
+            )
+            return {row[0] for row in rows}
+
+        assert len(missing()) == 1
+        assert valid() == {False}
+        migrate.check_drift(fresh_dsn)
+        assert connection.execute("select pgqueue.make_partitions(16)").fetchone() == (4,)
+        assert len(missing()) == 1, "new days have it"
+        connection.execute("select pgqueue.drop_partitions(interval '0', interval '30 days')")
+        assert missing() == []
+        assert valid() == {True}
+        migrate.check_drift(fresh_dsn)

@@ -1,7 +1,8 @@
 -- Indexes of the schema that no plan may use: a CONCURRENTLY that failed leaves an invalid one, and so is one of a
--- partitioned table as long as a partition lacks it. missing: those partitions; columns: of the index.
+-- partitioned table as long as a partition lacks it. missing: those partitions; made_with: what stands
+-- behind the table's name in its definition; partial: it holds some of the rows only, for searches.
 SELECT i.relname AS index, t.relname AS table, t.relkind = 'p' AS partitioned,
-       ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = i.oid ORDER BY a.attnum) AS columns,
+       substring(pg_get_indexdef(i.oid) FROM 'USING .*') AS made_with, x.indpred IS NOT NULL AS partial,
        ARRAY(SELECT child.relname::text FROM pg_inherits h JOIN pg_class child ON child.oid = h.inhrelid
              WHERE h.inhparent = t.oid AND NOT EXISTS (
                  SELECT FROM pg_inherits hi JOIN pg_index xi ON xi.indexrelid = hi.inhrelid
