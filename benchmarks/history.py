@@ -14,6 +14,7 @@ job list    the last fifty of a task, by the statement of `pgqueue job list`.
 queues      what `pgqueue inspect queues` reads.
 task_stats  the view, a day of history: once.
 a day goes  dropping the oldest day.
+a step      of the walk over the next one, of which a twentieth stays: 500 blocks, copied.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from datetime import date, timedelta
 from typing import Any
@@ -34,7 +35,7 @@ from pgqueue.cli.output import progress_bar
 from pgqueue.database import embedded
 from pgqueue.database.jobs import list_jobs
 from pgqueue.database.queries import query
-from pgqueue.database.retention import General, prune
+from pgqueue.database.retention import General, prune, set_retention
 from pgqueue.database.session import Session, open_session
 from pgqueue.database.stats import list_queues
 from pgqueue.job import JobFilter
@@ -84,7 +85,7 @@ def fill(connection: psycopg.Connection, jobs: int) -> None:
     connection.execute("VACUUM ANALYZE pgqueue.finished_jobs")
 
 
-def timed(calls: list[Callable[[], Any]]) -> dict[str, float]:
+def timed(calls: Iterable[Callable[[], Any]]) -> dict[str, float]:
     """Milliseconds of each call; the first three are not counted."""
     times = []
     for call in calls:
@@ -127,12 +128,26 @@ def measure(dsn: str, connection: psycopg.Connection, jobs: int, looks: int) -> 
             "queues": timed([lambda: list_queues(session)] * looks),
             "task_stats": timed([found("SELECT * FROM pgqueue.task_stats", None)] * 4),
             "a day goes": timed([lambda: None] * 3 + [lambda: drop_oldest(session)]),
+            "a step": timed(walk_oldest(session)),
         }
 
 
 def drop_oldest(session: Session) -> None:
     done = prune(session, General(finished=DAYS - 1, failures=30, dead_letters=90, audit=365))
     assert done.days == 1
+
+
+def walk_oldest(session: Session) -> Iterator[Callable[[], None]]:
+    """Steps, until the walk is through."""
+    set_retention(session, "task", "shop.task_7", finished=365)
+    left: list[dict[str, Any]] = [{}]
+
+    def step() -> None:
+        with session.transaction(by_index=True):
+            left[:] = session.run("prune_history", what="finished", days=DAYS - 2)
+
+    while left:
+        yield step
 
 
 def main() -> None:
