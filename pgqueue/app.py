@@ -19,7 +19,7 @@ from pgqueue.config import Config
 from pgqueue.database.connection import recognise_async, recognise_sync
 from pgqueue.dead_letters import DeadLetters
 from pgqueue.discovery import task_modules
-from pgqueue.enqueue import Client, build_request, of_this_run
+from pgqueue.enqueue import Client
 from pgqueue.errors import AppNotLoaded, ConfigError, DuplicateTask, PgQueueError, UnknownTask, shown
 from pgqueue.hooks import Hook, HookName, Hooks, Wrapper, check_name
 from pgqueue.job import JobRequest, check_id, check_priority, check_queue, check_task_name
@@ -35,6 +35,7 @@ from pgqueue.options import (
     retry_options,
 )
 from pgqueue.queues import Queues
+from pgqueue.request import build_request, of_this_run
 from pgqueue.result import AsyncResult
 from pgqueue.retention import Retention
 from pgqueue.retry import RetryPolicy

@@ -1,4 +1,4 @@
-"""From a call with options to rows in `jobs`: checks, the single and the bulk way, and repeats.
+"""From requests to rows in `jobs`: the single and the bulk way, and repeats.
 
 On the caller's connection everything happens in the caller's open transaction, and an error is the caller's.
 On a connection of our own the call commits; when it breaks, whether the COMMIT took place is unknown, so the
@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from pgqueue.codec import encode_headers
 from pgqueue.database.connection import (
     AsyncCaller,
     Channel,
@@ -48,31 +47,7 @@ from pgqueue.errors import (
     shown,
 )
 from pgqueue.failpoints import armed, failpoint
-from pgqueue.job import (
-    CORRELATION_ID,
-    OWN_HEADER,
-    TAGS,
-    JobRequest,
-    check_id,
-    check_priority,
-    check_queue,
-    current_request,
-    new_id,
-)
-from pgqueue.options import (
-    MAX_LABEL,
-    OnConflict,
-    UniqueUntil,
-    check_choice,
-    check_correlation_id,
-    check_limit,
-    check_limits,
-    check_max_retries,
-    check_seconds,
-    check_tags,
-    check_time,
-    check_unique_key,
-)
+from pgqueue.job import JobRequest
 
 if TYPE_CHECKING:
     from pgqueue.database.pool import Database
@@ -95,134 +70,6 @@ UNDEFINED_FUNCTION: Final = "42883"
 ASK_HOME_AGAIN: Final = 60.0
 _PAUSES: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """Seconds between repeats after a connection broke; a database that only restarts is back by then."""
-
-
-def of_this_run(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The options of an enqueue that is made now, with the correlation id of the run that makes it.
-
-    What jobs are found by is in the headers then, where hooks see it.
-    """
-    run = current_request.get()
-    if run is not None and CORRELATION_ID not in options:
-        inherited, headers = run.correlation_id, options.get("headers")
-        given = isinstance(headers, Mapping) and CORRELATION_ID in headers
-        if inherited and len(inherited) <= MAX_LABEL and not given:
-            options = {**options, CORRELATION_ID: inherited}
-    return _labelled(options)
-
-
-def _labelled(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`correlation_id` and `tags` moved into the headers."""
-    if CORRELATION_ID not in options and TAGS not in options:
-        return options
-    rest = dict(options)
-    labels = {
-        CORRELATION_ID: check_correlation_id(rest.pop(CORRELATION_ID, None)),
-        TAGS: check_tags(rest.pop(TAGS, None)),
-    }
-    labels = {name: value for name, value in labels.items() if value}
-    headers = rest.get("headers")
-    if headers is not None and not isinstance(headers, Mapping):
-        return rest  # refused further on
-    if twice := [name for name in labels if name in (headers or ())]:
-        raise ValueError(f"{twice[0]} is given twice, as an option and in headers: give one of them")
-    return {**rest, "headers": {**(headers or {}), **labels}} if labels else rest
-
-
-def build_request(
-    task: str,
-    args: str,
-    kwargs: str,
-    options: Mapping[str, Any],
-    *,
-    queue: str,
-    priority: int,
-    expires: float | None,
-    unique_until: str | None = None,
-    limits: tuple[float | None, float | None] = (None, None),
-    history: bool = True,
-) -> JobRequest:
-    """A checked request.
-
-    Args:
-        task: The task's name.
-        args: Encoded.
-        kwargs: Encoded.
-        options: As in `JobOptions`; names are checked already.
-        queue: Unless the options say otherwise.
-        priority: Unless the options say otherwise.
-        expires: Seconds, unless the options say otherwise.
-        unique_until: Unless the options say otherwise.
-        limits: The task's soft and hard time limits, which those of the options have to fit.
-        history: See `JobRequest`.
-
-    Raises:
-        ValueError: An option's value is out of its range, or two exclude each other.
-        TypeError: An option's value is of a wrong type.
-        PayloadError: `headers` are not JSON values.
-    """
-    if not options:
-        return JobRequest(new_id(), task, args, kwargs, queue, priority, expires_in=expires, history=history)
-    options = _labelled(options)
-    get = options.get
-    countdown, eta, until = get("countdown"), get("eta"), get("expires")
-    if countdown is not None and eta is not None:
-        raise ValueError("countdown and eta exclude each other: give one of them")
-    job_id = get("job_id")
-    wanted_queue, wanted_priority = get("queue"), get("priority")
-    at = isinstance(until, datetime)
-    unique_key = check_unique_key(get("unique_key"))
-    on_conflict = get("on_conflict") or "return"
-    check_choice("on_conflict", on_conflict, get_args(OnConflict))
-    return JobRequest(
-        id=new_id() if job_id is None else check_id(job_id),
-        task=task,
-        args=args,
-        kwargs=kwargs,
-        queue=queue if wanted_queue is None else check_queue(wanted_queue),
-        priority=priority if wanted_priority is None else check_priority(wanted_priority),
-        eta=None if eta is None else check_time("eta", eta),
-        countdown=None if countdown is None else check_seconds("countdown", countdown),
-        expires_at=check_time("expires", until) if at else None,
-        expires_in=None if at else expires if until is None else check_seconds("expires", until),
-        max_retries=check_max_retries(get("max_retries")),
-        headers=_headers(options, unique_key, unique_until, limits),
-        unique_key=unique_key,
-        on_conflict=on_conflict,
-        history=history,
-        given_id=job_id is not None,
-    )
-
-
-def _headers(
-    options: Mapping[str, Any],
-    unique_key: str | None,
-    unique_until: str | None,
-    limits: tuple[float | None, float | None],
-) -> str:
-    """The caller's headers, and under a key of ours what else travels with the job."""
-    own: dict[str, Any] = {}
-    soft = check_limit("soft_time_limit", options.get("soft_time_limit"))
-    hard = check_limit("time_limit", options.get("time_limit"))
-    if soft is not None:
-        own["soft_time_limit"] = soft
-    if hard is not None:
-        own["time_limit"] = hard
-    if own:
-        check_limits(limits[0] if soft is None else soft, limits[1] if hard is None else hard)
-    until = options.get("unique_until")
-    if until is not None:
-        check_choice("unique_until", until, get_args(UniqueUntil))
-    if unique_key is not None and (until or unique_until) == "start":
-        own["unique_until"] = "start"
-    headers = options.get("headers")
-    if headers is None:
-        return json.dumps({OWN_HEADER: own}) if own else "{}"
-    if not isinstance(headers, Mapping):
-        raise TypeError(f"headers must be a mapping, got {shown(headers)}")
-    if OWN_HEADER in headers:
-        raise ValueError(f"headers: {OWN_HEADER!r} is a name of ours, choose another")
-    return encode_headers({**headers, OWN_HEADER: own} if own else headers)
 
 
 def insert_one(request: JobRequest, *, repeated: bool = False, flush: bool = False) -> Plan[str]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from pgqueue.enqueue import build_request
 from pgqueue.errors import ConfigError, PgQueueError, ScheduleError, UnknownSchedule, shown
 from pgqueue.job import JobRequest, check_task_name
 from pgqueue.options import PERIODIC_OPTIONS, check_arguments
+from pgqueue.request import build_request
 from pgqueue.schedule import (
     CatchUp,
     Overlap,

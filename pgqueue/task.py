@@ -25,10 +25,11 @@ from typing import (
 from pgqueue.codec import ArgumentCodec
 from pgqueue.context import Control, Request, TaskContext
 from pgqueue.database.connection import AsyncCaller, SyncCaller, recognise, recognise_async, recognise_sync
-from pgqueue.enqueue import Client, build_request, of_this_run
+from pgqueue.enqueue import Client
 from pgqueue.hooks import Hooks
 from pgqueue.job import JobRequest, new_id
 from pgqueue.options import JobOptions, check_arguments, check_option_names, retry_options
+from pgqueue.request import build_request, of_this_run
 from pgqueue.result import AsyncResult
 from pgqueue.retry import RetryPolicy
 

@@ -10,9 +10,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.dead import read_id, read_since
 from pgqueue.cli.inspect import show_found
-from pgqueue.cli.options import MOST_ROWS, Words, json_option, watch_option
+from pgqueue.cli.options import MOST_ROWS, Words, json_option, read_id, read_since, watch_option
 from pgqueue.cli.output import moment, table, to_json
 from pgqueue.database.audit import Act, ActFilter, list_acts
 

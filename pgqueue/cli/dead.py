@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import getpass
-import socket
-from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from rich.table import Table
 from rich.text import Text
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.options import MOST_ROWS, Rate, Words, json_option, note_option, read_duration
+from pgqueue.cli.options import (
+    MOST_ROWS,
+    Command,
+    Rate,
+    Words,
+    bulk,
+    json_option,
+    read_id,
+    read_ids,
+    read_since,
+    who,
+)
 from pgqueue.cli.output import (
     clean,
     clean_lines,
@@ -32,45 +39,9 @@ from pgqueue.cli.status import ExitStatus
 from pgqueue.database import dead as letters
 from pgqueue.database.dead import ANY, BATCH, Requeued
 from pgqueue.database.session import Session, open_session
-from pgqueue.errors import shown
-from pgqueue.job import DEAD_REASONS, DeadFilter, check_id
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+from pgqueue.job import DEAD_REASONS, DeadFilter
 
 _MESSAGE_LENGTH = 60
-_LONGEST = timedelta(days=36_525)
-"""A century: what lies further back may fall off the database's calendar."""
-
-
-def read_since(ctx: click.Context, param: click.Parameter, value: str | None) -> datetime | timedelta | None:
-    """`90s`, `15m`, `2h`, `3d`, `1w`: that long ago; or ISO 8601, in UTC unless it says otherwise."""
-    if value is None:
-        return None
-    try:
-        if (seconds := read_duration(value)) is not None:
-            ago = timedelta(seconds=seconds)
-            if ago > _LONGEST:
-                raise ValueError
-            return ago
-        found = datetime.fromisoformat(value)
-        return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        raise click.BadParameter(
-            f"must be like 30m, 2h, 3d or 2026-01-31T09:00Z, a century at most, got {shown(value)}"
-        ) from None
-
-
-def read_id(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """A job id in its usual spelling."""
-    try:
-        return check_id(value)
-    except ValueError:
-        raise click.BadParameter(f"a job id is a UUID, got {shown(value)}") from None
-
-
-def read_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """Job ids, each once."""
-    return tuple(dict.fromkeys(read_id(ctx, param, value) for value in values))
 
 
 def filters(command: Command) -> Command:
@@ -87,18 +58,6 @@ def filters(command: Command) -> Command:
         click.option(
             "--queue", type=Words(), metavar="NAME", help="Queue they came from, or label they lie under."
         ),
-    ):
-        command = option(command)
-    return command
-
-
-def bulk(command: Command) -> Command:
-    """The options of acts on many."""
-    for option in (
-        json_option,
-        click.option("-y", "--yes", is_flag=True, help="Do not ask."),
-        click.option("--dry-run", is_flag=True, help="Only say how many it would be."),
-        note_option,
     ):
         command = option(command)
     return command
@@ -408,15 +367,6 @@ def _most(max_retries: int | None) -> str:
 
 def error_text(error_class: str | None, message: str | None) -> str:
     return ": ".join(part for part in (error_class, message) if part) or "-"
-
-
-def who() -> str:
-    """Who is at the keyboard, for the audit log."""
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        user = "?"
-    return f"{user}@{socket.gethostname()}"
 
 
 def _filter(which: dict[str, Any]) -> DeadFilter:

@@ -12,8 +12,7 @@ import click
 from rich.text import Text
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.dead import who
-from pgqueue.cli.options import Duration, json_option
+from pgqueue.cli.options import Duration, json_option, who
 from pgqueue.cli.output import clean, plural, progress_bar, show, show_json, table
 from pgqueue.cli.status import ExitStatus, status_of
 from pgqueue.database.doctor.examine import CHECKS, examine, fix, open_visit, unreachable, why_not

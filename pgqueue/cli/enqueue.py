@@ -74,7 +74,12 @@ Examples:
 )
 @click.option("--correlation-id", type=Words(), metavar="TEXT", help="What it belongs to, to find it by.")
 @click.option(
-    "--tag", "tags", type=Words(), multiple=True, metavar="TEXT", help="A label to find it by; several times."
+    "--tag",
+    "tags",
+    type=Words(),
+    multiple=True,
+    metavar="TEXT",
+    help="A label to find it by; may be given again.",
 )
 @click.option("--job-id", type=click.UUID, metavar="UUID", help="Its id. One that was used does nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -10,9 +10,19 @@ from rich.table import Table
 from rich.text import Text
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.dead import error_text, read_id, read_ids, read_since, who
+from pgqueue.cli.dead import error_text
 from pgqueue.cli.inspect import show_found
-from pgqueue.cli.options import MOST_ROWS, Words, json_option, note_option, watch_option
+from pgqueue.cli.options import (
+    MOST_ROWS,
+    Words,
+    json_option,
+    note_option,
+    read_id,
+    read_ids,
+    read_since,
+    watch_option,
+    who,
+)
 from pgqueue.cli.output import clean, clean_lines, moment, show, show_json, table, to_json
 from pgqueue.cli.status import ExitStatus
 from pgqueue.database import jobs
@@ -48,7 +58,12 @@ Examples:
 @click.option("--task", type=Words(), metavar="NAME", help="Only jobs of this task.")
 @click.option("--correlation-id", type=Words(), metavar="TEXT", help="Only those that belong to this.")
 @click.option(
-    "--tag", "tags", type=Words(), multiple=True, metavar="TEXT", help="Only with all these labels."
+    "--tag",
+    "tags",
+    type=Words(),
+    multiple=True,
+    metavar="TEXT",
+    help="Only with this label; may be given again.",
 )
 @click.option("--enqueued-by", type=Words(), metavar="ROLE", help="Only those of this database role.")
 @click.option("--since", callback=read_since, metavar="AGO|TIME", help="Enqueued since 30m, 3d, or a time.")

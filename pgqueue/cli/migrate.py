@@ -28,7 +28,7 @@ def migrate(context: Context, sql: bool, since: str | None, to: str | None) -> N
     locks tables only if that takes moments, tries for a minute, and says whom it waits for. On a database
     that is newer than this release it does nothing.
     """
-    from pgqueue.cli.dead import who
+    from pgqueue.cli.options import who
     from pgqueue.database import migrate as migrations
 
     schema = context.config.schema

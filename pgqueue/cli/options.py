@@ -1,18 +1,27 @@
-"""Types of options that click does not have."""
+"""What several commands take: types of options that click does not have, and the options themselves."""
 
 from __future__ import annotations
 
+import getpass
 import math
 import re
-from typing import Any, Final
+import socket
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
 
 import click
 
 from pgqueue.errors import shown
-from pgqueue.job import check_queue
+from pgqueue.job import check_id, check_queue
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 MOST_ROWS: Final = 1_000_000_000
 """The largest --limit: what Postgres counts with has room for more."""
+
+_LONGEST: Final = timedelta(days=36_525)
+"""A century: what lies further back may fall off the database's calendar."""
 
 MOST_SECONDS: Final = 1e9
 """Thirty years: a longer sleep does not fit every clock."""
@@ -100,3 +109,55 @@ watch_option = click.option(
     metavar="SECONDS",
     help="Look again every so often, until Ctrl-C; with --json, a line each time.",
 )
+
+
+def read_since(ctx: click.Context, param: click.Parameter, value: str | None) -> datetime | timedelta | None:
+    """`90s`, `15m`, `2h`, `3d`, `1w`: that long ago; or ISO 8601, in UTC unless it says otherwise."""
+    if value is None:
+        return None
+    try:
+        if (seconds := read_duration(value)) is not None:
+            ago = timedelta(seconds=seconds)
+            if ago > _LONGEST:
+                raise ValueError
+            return ago
+        found = datetime.fromisoformat(value)
+        return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise click.BadParameter(
+            f"must be like 30m, 2h, 3d or 2026-01-31T09:00Z, a century at most, got {shown(value)}"
+        ) from None
+
+
+def read_id(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A job id in its usual spelling."""
+    try:
+        return check_id(value)
+    except ValueError:
+        raise click.BadParameter(f"a job id is a UUID, got {shown(value)}") from None
+
+
+def read_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Job ids, each once."""
+    return tuple(dict.fromkeys(read_id(ctx, param, value) for value in values))
+
+
+def bulk(command: Command) -> Command:
+    """The options of acts on many."""
+    for option in (
+        json_option,
+        click.option("-y", "--yes", is_flag=True, help="Do not ask."),
+        click.option("--dry-run", is_flag=True, help="Only say how many it would be."),
+        note_option,
+    ):
+        command = option(command)
+    return command
+
+
+def who() -> str:
+    """Who is at the keyboard, for the audit log."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        user = "?"
+    return f"{user}@{socket.gethostname()}"

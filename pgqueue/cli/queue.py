@@ -8,10 +8,19 @@ from typing import Any
 import click
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.dead import bulk, who
 from pgqueue.cli.enqueue import read_time
 from pgqueue.cli.inspect import exact_option, show_queues
-from pgqueue.cli.options import MOST_ROWS, Duration, Words, json_option, note_option, read_queue, watch_option
+from pgqueue.cli.options import (
+    MOST_ROWS,
+    Duration,
+    Words,
+    bulk,
+    json_option,
+    note_option,
+    read_queue,
+    watch_option,
+    who,
+)
 from pgqueue.cli.output import confirmed, moment, plural, progress_bar, show_json
 from pgqueue.cli.status import ExitStatus
 from pgqueue.database import queues

@@ -10,9 +10,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.dead import bulk, who
 from pgqueue.cli.inspect import show_found
-from pgqueue.cli.options import Duration, Words, json_option, note_option
+from pgqueue.cli.options import Duration, Words, bulk, json_option, note_option, who
 from pgqueue.cli.output import confirmed, moment, plural, progress_bar, show, show_json, table
 from pgqueue.cli.status import ExitStatus
 from pgqueue.database import retention as store

@@ -12,10 +12,9 @@ from rich.text import Text
 
 from pgqueue.app import PgQueue
 from pgqueue.cli.context import Context
-from pgqueue.cli.dead import who
 from pgqueue.cli.enqueue import read_json
 from pgqueue.cli.inspect import show_found
-from pgqueue.cli.options import Duration, Words, json_option, note_option, watch_option
+from pgqueue.cli.options import Duration, Words, json_option, note_option, watch_option, who
 from pgqueue.cli.output import clean, duration, moment, show_json, table
 from pgqueue.cli.status import ExitStatus
 from pgqueue.cron import find_zone

@@ -17,7 +17,8 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from pgqueue import DatabaseError, DatabaseUnavailable, EnqueueUncertain, PgQueue, Task
-from pgqueue.enqueue import build_request, insert_many, insert_one
+from pgqueue.enqueue import insert_many, insert_one
+from pgqueue.request import build_request
 
 READY_FOR_QUERY = b"Z\x00\x00\x00\x05"
 LOSE_THE_ANSWER = "the answer"
