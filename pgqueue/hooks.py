@@ -214,7 +214,7 @@ class Hooks:
         event = BeforeEnqueue(task, args, kwargs, options, dict(given or {}))
         for hook in self._hooks["before_enqueue"]:
             hook(event)
-        return {**options, "headers": event.headers} if event.headers else options
+        return {**options, "headers": event.headers or None} if event.headers or given else options
 
 
 def check_name(name: str) -> None:

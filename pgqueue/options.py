@@ -339,8 +339,8 @@ def check_tags(value: object) -> list[str]:
         return []
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(f"tags must be a list or tuple of texts, got {shown(value)}")
-    if wrong := next((each for each in value if not isinstance(each, str)), None):
-        raise TypeError(f"tags must be texts, got {shown(wrong)}")
+    if strange := [each for each in value if not isinstance(each, str)]:
+        raise TypeError(f"tags must be texts, got {shown(strange[0])}")
     if wrong := [each for each in value if not _is_word(each, MAX_LABEL)]:
         raise ValueError(
             f"each of tags must be 1 to {MAX_LABEL} characters in UTF-8 without NUL, got {shown(wrong[0])}"

@@ -17,6 +17,7 @@ down_revision = "0008"
 branch_labels = None
 depends_on = None
 
+# A hash index, because headers may hold anything: a btree refuses a text of over 2,704 bytes, and with it the ack.
 # IS NOT NULL, and not `headers ? …`: it follows from every comparison, so the planner sees that the index serves it.
 # Tags without fastupdate: its pending list would be emptied by whoever acks when it is full.
 INDEXES = r"""
@@ -27,7 +28,7 @@ DECLARE
     leaf      regclass;
 BEGIN
     FOR name, index_def IN VALUES
-        ('correlation_id', 'USING btree ((headers ->> ''correlation_id'')) WHERE headers ->> ''correlation_id'' IS NOT NULL'),
+        ('correlation_id', 'USING hash ((headers ->> ''correlation_id'')) WHERE headers ->> ''correlation_id'' IS NOT NULL'),
         ('tags', 'USING gin ((headers -> ''tags'')) WITH (fastupdate = off) WHERE headers -> ''tags'' IS NOT NULL')
     LOOP
         FOR leaf IN

@@ -31,22 +31,25 @@ CREATE TABLE {schema}.retention (
     PRIMARY KEY (what, scope, name),
     CONSTRAINT retention_what_known CHECK (what IN ('finished', 'failures', 'dead_letters')),
     CONSTRAINT retention_scope_known CHECK (scope IN ('task', 'queue')),
-    CONSTRAINT retention_keep_range CHECK (keep BETWEEN interval '0' AND interval '100 years')
+    CONSTRAINT retention_keep_range CHECK (keep BETWEEN interval '0' AND interval '36500 days')
 );
 
--- How far the walk over a day of history has come: general is the retention of what has no rule, as the walker is set,
--- keep the longest one that had passed when it began, block the next one to look at, NULL when it is through.
+-- How far the walk over a day of history has come. general: what has no rule is past its retention, and goes; keep: the
+-- longest rule that has passed, -1 day for none; node: the file of the day (VACUUM FULL moves its rows to another); block:
+-- the next one to look at, NULL when it is through.
 CREATE TABLE {schema}.retention_walks (
     part      text COLLATE "C" PRIMARY KEY,
-    general   interval NOT NULL,
+    general   boolean NOT NULL,
     keep      interval NOT NULL,
+    node      oid,
     block     bigint DEFAULT 0,
     walked_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 """
 
 # A statement that waits for ACCESS EXCLUSIVE makes everybody who comes later wait behind it. So look first: whoever
-# holds a lock now and a moment later is not a quick ack, and nothing is tried. lock_timeout is for who comes in between.
+# holds a lock now and still does after 0.2 s is not a quick ack, and nothing is tried. lock_timeout is for who comes in
+# between.
 LOOK_FIRST = r"""
 CREATE FUNCTION {schema}.in_use(tables regclass[]) RETURNS boolean
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -55,13 +58,17 @@ DECLARE
                             WHERE l.relation = ANY (tables) AND l.granted AND l.pid <> pg_backend_pid()
                               AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()));
 BEGIN
-    IF holders = '{}' THEN
-        RETURN false;
-    END IF;
-    PERFORM pg_sleep(0.05);
-    RETURN EXISTS (SELECT FROM pg_locks l WHERE l.relation = ANY (tables) AND l.granted AND l.virtualtransaction = ANY (holders));
+    FOR look IN 1..10 LOOP
+        IF holders = '{}' THEN
+            RETURN false;
+        END IF;
+        PERFORM pg_sleep(0.02);
+        holders := ARRAY(SELECT l.virtualtransaction FROM pg_locks l
+                         WHERE l.relation = ANY (tables) AND l.granted AND l.virtualtransaction = ANY (holders));
+    END LOOP;
+    RETURN holders <> '{}';
 END $$;
-COMMENT ON FUNCTION {schema}.in_use IS 'Whether some transaction has held a lock on one of these tables for longer than an ack would';
+COMMENT ON FUNCTION {schema}.in_use IS 'Whether some transaction that holds a lock on one of these tables goes on for 0.2 s';
 REVOKE ALL ON FUNCTION {schema}.in_use FROM PUBLIC;
 """
 
@@ -187,12 +194,15 @@ DECLARE
     day       date;
     age       interval;
     due       interval;
+    rest      boolean;
     walk      retention_walks%ROWTYPE;
     blocks_all bigint;
     upto      bigint;
     condition text;
     range     text;
     any_kept  boolean;
+    its       regclass;
+    node      oid;
 BEGIN
     IF parent IS NULL OR NOT prune_history.general >= interval '0' OR prune_history.general IS NULL
         OR NOT prune_history.blocks >= 1 OR prune_history.blocks IS NULL THEN
@@ -209,31 +219,35 @@ BEGIN
         -- An hour late: an ack that comes late has found its day by then.
         day := to_date(right(child, 8), 'YYYYMMDD');
         age := now() - (day + 1)::timestamptz - interval '1 hour';
-        SELECT max(k.keep) INTO due FROM (SELECT r.keep FROM retention r WHERE r.what = prune_history.what
-                                          UNION ALL SELECT prune_history.general) AS k WHERE k.keep <= age;
-        CONTINUE WHEN due IS NULL OR age >= greatest(prune_history.general, longest)  -- drop_partitions takes it
-            OR EXISTS (SELECT FROM retention_walks w WHERE w.part = child AND w.general = prune_history.general
-                       AND w.keep = due AND w.block IS NULL);
+        rest := age >= prune_history.general;
+        due := coalesce((SELECT max(r.keep) FROM retention r WHERE r.what = prune_history.what AND r.keep <= age), '-1 day');
+        CONTINUE WHEN NOT rest AND due < interval '0'
+            OR age >= greatest(prune_history.general, longest)  -- drop_partitions takes it
+            OR EXISTS (SELECT FROM retention_walks w WHERE w.part = child AND w.general >= rest AND w.keep >= due AND w.block IS NULL);
         BEGIN
-            INSERT INTO retention_walks (part, general, keep) VALUES (child, prune_history.general, due) ON CONFLICT DO NOTHING;
+            INSERT INTO retention_walks (part, general, keep) VALUES (child, rest, due) ON CONFLICT DO NOTHING;
             SELECT * INTO walk FROM retention_walks w WHERE w.part = child FOR UPDATE SKIP LOCKED;
-            -- Another worker's, which takes a step just now, or is set to keep less.
-            CONTINUE WHEN NOT FOUND OR walk.general < prune_history.general AND walk.walked_at > now() - interval '1 hour';
-            -- Settings that differ must not share a walk: one would delete what the other takes for copied.
-            IF (walk.general, walk.keep) <> (prune_history.general, due) THEN
-                walk.block := 0;
-            ELSIF walk.block IS NULL THEN
-                CONTINUE;
-            END IF;
+            -- Another worker's, which takes a step just now, or is set to keep less; or it is done.
+            CONTINUE WHEN NOT FOUND OR walk.general > rest AND walk.walked_at > now() - interval '1 hour'
+                OR walk.general >= rest AND walk.keep >= due AND walk.block IS NULL;
             copy := replace(child, '_p', '_kept_');
+            its := format('{schema}.%I', child)::regclass;
+            node := pg_relation_filenode(its);
+            -- Settings that differ must not share a walk: one would delete what the other takes for copied.
+            IF (walk.general, walk.keep) <> (rest, due) OR walk.block IS NULL OR walk.node IS DISTINCT FROM node
+                OR rest AND to_regclass(format('{schema}.%I', copy)) IS NULL
+            THEN
+                walk.block := 0;
+            END IF;
             condition := retention_condition(prune_history.what, prune_history.general, age);
-            blocks_all := pg_relation_size(format('{schema}.%I', child)::regclass) / current_setting('block_size')::bigint;
-            upto := least(walk.block + prune_history.blocks, blocks_all);
+            blocks_all := pg_relation_size(its) / current_setting('block_size')::bigint;
+            -- Of a table whose rows have their bulk elsewhere, fewer: a step is short whatever they hold.
+            upto := least(walk.block + greatest(1, prune_history.blocks * pg_relation_size(its) / greatest(pg_table_size(its), 1)), blocks_all);
             range := format('ctid >= %L::tid AND ctid < %L::tid', format('(%s,0)', walk.block), format('(%s,0)', upto));
             part := child;
             removed := 0;
             kept := 0;
-            IF age < prune_history.general THEN
+            IF NOT rest THEN
                 EXECUTE format('DELETE FROM {schema}.%I WHERE %s AND %s', child, range, condition);
                 GET DIAGNOSTICS removed = ROW_COUNT;
             ELSE
@@ -248,9 +262,9 @@ BEGIN
                 EXECUTE format('SELECT count(*) FROM {schema}.%I WHERE %s AND %s', child, range, condition) INTO removed;
             END IF;
             walk.block := upto;
-            IF upto >= blocks_all AND age < prune_history.general THEN
+            IF upto >= blocks_all AND NOT rest THEN
                 walk.block := NULL;
-            ELSIF upto >= blocks_all AND NOT in_use(ARRAY[format('{schema}.%I', parent)::regclass, format('{schema}.%I', child)::regclass]) THEN
+            ELSIF upto >= blocks_all AND NOT in_use(ARRAY[format('{schema}.%I', parent)::regclass, its]) THEN
                 BEGIN
                     EXECUTE format('LOCK TABLE {schema}.%I IN ACCESS EXCLUSIVE MODE', parent);
                     EXECUTE format('DROP TABLE {schema}.%I', child);
@@ -268,7 +282,7 @@ BEGIN
                     NULL;
                 END;
             END IF;
-            UPDATE retention_walks w SET general = prune_history.general, keep = due, block = walk.block,
+            UPDATE retention_walks w SET general = rest, keep = due, node = pg_relation_filenode(to_regclass(format('{schema}.%I', child))), block = walk.block,
                 walked_at = clock_timestamp() WHERE w.part = child;
             IF walk.block IS NULL OR upto < blocks_all THEN
                 blocks_left := blocks_all - upto;
@@ -310,21 +324,25 @@ CREATE FUNCTION {schema}.set_retention(
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
-    new_ones jsonb := jsonb_strip_nulls(jsonb_build_object('finished', set_retention.finished,
-        'failures', set_retention.failures, 'dead_letters', set_retention.dead_letters));
+    new_ones jsonb;
     earlier  jsonb;
 BEGIN
+    -- In days: a year is 360 of them where intervals are compared, and 365 or 366 where they are added to a time.
+    SELECT coalesce(jsonb_object_agg(n.what, justify_hours(make_interval(secs => extract(epoch FROM n.keep)))), '{}') INTO new_ones
+    FROM (VALUES ('finished', set_retention.finished), ('failures', set_retention.failures),
+                 ('dead_letters', set_retention.dead_letters)) AS n(what, keep)
+    WHERE n.keep IS NOT NULL;
     IF set_retention.scope NOT IN ('task', 'queue') OR set_retention.scope IS NULL THEN
         RAISE invalid_parameter_value USING MESSAGE = format('scope must be task or queue, got %L', set_retention.scope);
     ELSIF set_retention.name IS NULL OR length(set_retention.name) NOT BETWEEN 1 AND 255 THEN
         RAISE invalid_parameter_value USING MESSAGE = format('name must have 1 to 255 characters, got %L', left(set_retention.name, 300));
     ELSIF new_ones = '{}' THEN
         RAISE invalid_parameter_value USING MESSAGE = 'give finished, failures or dead_letters: how long they are kept';
-    ELSIF NOT coalesce(set_retention.finished BETWEEN interval '0' AND interval '100 years', true)
-        OR NOT coalesce(set_retention.failures BETWEEN interval '0' AND interval '100 years', true)
-        OR NOT coalesce(set_retention.dead_letters BETWEEN interval '0' AND interval '100 years', true) THEN
-        RAISE invalid_parameter_value USING MESSAGE = format('a retention must be from 0 to 100 years, got %s', new_ones);
+    ELSIF EXISTS (SELECT FROM jsonb_each_text(new_ones) AS n WHERE n.value::interval NOT BETWEEN interval '0' AND interval '36500 days') THEN
+        RAISE invalid_parameter_value USING MESSAGE = format('a retention must be from 0 to 36500 days, got %s', new_ones);
     END IF;
+    -- A step that is under way goes by the old rules, and the next one is to start anew.
+    LOCK TABLE retention_walks IN SHARE ROW EXCLUSIVE MODE;
     SELECT jsonb_object_agg(r.what, r.keep) INTO earlier FROM retention r
     WHERE r.scope = set_retention.scope AND r.name = set_retention.name;
     INSERT INTO retention (what, scope, name, keep)
@@ -345,6 +363,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_tem
 DECLARE
     earlier jsonb;
 BEGIN
+    LOCK TABLE retention_walks IN SHARE ROW EXCLUSIVE MODE;
     WITH gone AS (
         DELETE FROM retention r WHERE r.scope = remove_retention.scope AND r.name = remove_retention.name RETURNING r.*
     ) SELECT jsonb_object_agg(g.what, g.keep) INTO earlier FROM gone g;

@@ -177,12 +177,20 @@ def _found_table(found: list[jobs.FoundJob]) -> RenderableType:
             moment(each.enqueued_at),
             moment(each.finished_at) if each.finished_at else None,
             each.correlation_id,
-            ", ".join(each.tags or ()),
+            _words(each.tags),
         )
         for each in found
     ]
     columns = ("id", "task", "queue", "state", "attempt", "enqueued", "ended", "belongs to", "tags")
     return table(columns, rows, right=("attempt",))
+
+
+def _words(tags: object) -> str:
+    """Headers may hold anything."""
+    if tags is None:
+        return ""
+    listed = isinstance(tags, list) and all(isinstance(each, str) for each in tags)
+    return ", ".join(tags) if listed else to_json(tags)  # type: ignore[arg-type]
 
 
 def _show(found: dict[str, Any]) -> None:

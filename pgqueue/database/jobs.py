@@ -25,6 +25,7 @@ class FoundJob:
         started_at: Of a live or dead job, when it was claimed last.
         finished_at: Of a dead one, when it died.
         reason: Why it is dead.
+        tags: Labels, a list of texts; or whatever SQL has put there.
     """
 
     id: str
@@ -39,7 +40,7 @@ class FoundJob:
     reason: str | None
     error_class: str | None
     correlation_id: str | None
-    tags: list[str] | None
+    tags: Any
 
 
 def list_jobs(session: Session, where: JobFilter, *, limit: int = 50) -> list[FoundJob]:

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 
+import psycopg
+
 from pgqueue.database.session import Session
 from pgqueue.errors import shown
 
@@ -169,15 +171,21 @@ def plan_pruning(session: Session, general: General) -> Plan:
         (other,) = session.run("count_past_retention", dead_letters=general.dead_letters, audit=general.audit)
     days = []
     for row in found:
-        rows = row["rows"]
-        if row["goes"] == "rows":
-            # The database wrote the condition, with its values quoted.
-            count = f"SELECT count(*) AS rows FROM {session.schema}.{row['part']} WHERE {row['condition']}"  # noqa: S608
-            with session.transaction():
-                ((rows,),) = [each.values() for each in session.execute(count, {})]
+        rows = row["rows"] if row["goes"] == "whole" else _count_rows(session, row["part"], row["condition"])
         if row["goes"] == "whole" or rows:
             days.append(DayPlan(row["parent"], row["part"], row["goes"], rows, row["bytes"]))
     return Plan(days, other["dead_letters"], other["acts"])
+
+
+def _count_rows(session: Session, part: str, condition: str) -> int:
+    """How many rows of a day meet the condition, which the database wrote, with its values quoted."""
+    count = f"SELECT count(*) AS rows FROM {session.schema}.{part} WHERE {condition.replace('%', '%%')}"  # noqa: S608
+    try:
+        with session.transaction():
+            (row,) = session.execute(count, {})
+    except psycopg.errors.UndefinedTable:
+        return 0  # a worker has just dropped it
+    return int(row["rows"])
 
 
 def prune(

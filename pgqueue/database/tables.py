@@ -29,7 +29,7 @@ from sqlalchemy import (
     Uuid,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, OID
 from sqlalchemy.types import TypeEngine
 
 _TIME = DateTime(timezone=True)
@@ -141,6 +141,7 @@ def metadata_for(schema: str = "pgqueue") -> MetaData:
         Index(
             "finished_jobs_correlation_id",
             text("(headers ->> 'correlation_id')"),
+            postgresql_using="hash",
             postgresql_where=text("headers ->> 'correlation_id' IS NOT NULL"),
         ),
         Index(
@@ -282,14 +283,15 @@ def metadata_for(schema: str = "pgqueue") -> MetaData:
         PrimaryKeyConstraint("what", "scope", "name", name="retention_pkey"),
         CheckConstraint("what IN ('finished', 'failures', 'dead_letters')", name="retention_what_known"),
         CheckConstraint("scope IN ('task', 'queue')", name="retention_scope_known"),
-        CheckConstraint("keep BETWEEN interval '0' AND interval '100 years'", name="retention_keep_range"),
+        CheckConstraint("keep BETWEEN interval '0' AND interval '36500 days'", name="retention_keep_range"),
     )
     Table(
         "retention_walks",
         metadata,
         _column("part", _WORD),
-        _column("general", Interval),
+        _column("general", Boolean),
         _column("keep", Interval),
+        _optional("node", OID),
         Column("block", BigInteger, nullable=True, server_default=text("0")),
         Column("walked_at", _TIME, nullable=False, server_default=_NOW),
         PrimaryKeyConstraint("part", name="retention_walks_pkey"),

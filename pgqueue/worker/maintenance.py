@@ -58,6 +58,8 @@ WALK_PAUSE = 0.5
 """Seconds between steps over a day of history that goes in part: heartbeats come in between."""
 _NOT_THERE = "42883"
 """The SQLSTATE of a function that the schema's revision does not have yet."""
+_OLDER = {"prune_dead_letters_by_rules": "prune_dead_letters"}
+"""What does instead on such a revision, which has no rules."""
 
 
 class Watch:
@@ -395,8 +397,7 @@ class Maintenance:
             failures_days=config.retention_failures,
         )
         await self._tidy("delete_fenced_workers")
-        if await self._tidy("prune_dead_letters_by_rules", days=config.retention_dead_letters) is None:
-            await self._tidy("prune_dead_letters", days=config.retention_dead_letters)
+        await self._tidy("prune_dead_letters_by_rules", days=config.retention_dead_letters)
         await self._tidy("prune_audit_log", days=config.retention_audit)
 
     async def walk_history(self, now: float) -> None:
@@ -414,6 +415,8 @@ class Maintenance:
         except GroupFailed as error:
             if error.sqlstate != _NOT_THERE:
                 log.warning("housekeeping_failed act=%s error=%s", name, error)
+            elif name in _OLDER:
+                return await self._tidy(_OLDER[name], **parameters)
             return None
         log.debug("housekeeping act=%s rows=%d", name, len(rows))
         return len(rows)

@@ -572,7 +572,7 @@ JOB_OPTION_VALUES: Mapping[str, Sequence[tuple[str, str]]] = {
                 ("{'pgqueue': {}}", "ValueError")),
     "correlation_id": (("42", "TypeError"), ("''", "ValueError"), ("'a' * 256", "ValueError"),
                        (r"'a\x00'", "ValueError"), (r"'\ud800'", "ValueError")),
-    "tags": (("'vip'", "TypeError"), ("5", "TypeError"), ("{'vip'}", "TypeError"), ("['vip', 5]", "TypeError"),
+    "tags": (("'vip'", "TypeError"), ("5", "TypeError"), ("{'vip'}", "TypeError"), ("['vip', 5]", "TypeError"), ("[0]", "TypeError"),
              ("['']", "ValueError"), ("['a' * 256]", "ValueError"), (r"['a\x00']", "ValueError"),
              ("[str(n) for n in range(33)]", "ValueError")),
     "task_id": (("'7'", "TypeError"),),

@@ -74,6 +74,12 @@ def test_jobs_are_enqueued_and_found_from_a_shell(jobs: Jobs, workers: Workers) 
     assert said(workers, "job", "list", "--task", "no such", "--json") == []
 
 
+def test_strange_labels_are_shown(jobs: Jobs, workers: Workers) -> None:
+    jobs.sql("""select pgqueue.enqueue('t', headers => '{"tags": [1, "a"], "correlation_id": 5}')""")
+    table = said(workers, "job", "list").splitlines()
+    assert table[1].endswith('5           [1, "a"]')
+
+
 def test_who_did_what(jobs: Jobs, workers: Workers) -> None:
     job = jobs.add("t", countdown=60)
     said(workers, "queue", "pause", "mail", "--note", "the server moves")

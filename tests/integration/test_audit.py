@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -63,6 +64,17 @@ class TestFinding:
         )
         assert found(session, since=timedelta(hours=1)) == [new]
         assert found(session, since=datetime.now(UTC) - timedelta(days=3)) == [new, old]
+
+    def test_headers_may_hold_anything(self, app: PgQueue, session: Session) -> None:
+        """What SQL puts there is shown, and keeps no job from ending."""
+        for headers in ('{"tags": [1, 2]}', '{"tags": 7}', '{"tags": "vip", "correlation_id": {"a": 1}}'):
+            session.execute("select pgqueue.enqueue('t', headers => %(h)s)::text as id", {"h": headers})
+        strange = {"correlation_id": secrets.token_hex(5_000), "tags": [["x"] * 3]}
+        long = app.send_task("t", headers=strange).id
+        assert [job.tags for job in jobs.list_jobs(session, JobFilter(task="t"))] == [
+            [["x"] * 3], "vip", 7, [1, 2]
+        ]  # fmt: skip
+        assert app.AsyncResult(long).cancel() == "cancelled"
 
     def test_the_bulk_way_and_sql(self, app: PgQueue, session: Session) -> None:
         @app.task(name="note")

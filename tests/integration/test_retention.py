@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
@@ -150,6 +151,19 @@ def history(own: History) -> History:
     return own
 
 
+def until_waiting(history: History, other: psycopg.Connection) -> None:
+    """Until the other session waits for a lock."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        found = history.sql(
+            "select wait_event_type as waits from pg_stat_activity where pid = %s", other.info.backend_pid
+        )
+        if found[0]["waits"] == "Lock":
+            return
+        time.sleep(0.01)
+    pytest.fail("it does not wait")
+
+
 RULES = st.dictionaries(
     st.tuples(st.sampled_from(["task", "queue"]), st.sampled_from(["a", "b"])),
     st.sampled_from([0, 1, 3, 10, 20]),
@@ -293,6 +307,84 @@ class TestSteps:
             pass
         assert history.left() == {(10, "one", "q"): 800, (10, "two", "q"): 800}
 
+    @pytest.mark.parametrize("in_time", ["before", "after"])
+    def test_a_new_rule_beside_the_first_step_starts_anew(self, history: History, in_time: str) -> None:
+        """Neither sees what the other has not committed."""
+        history.add(10, 800, task="one")
+        history.add(10, 800, task="two")
+        history.app.retention.set(task="one", finished=365)
+        with psycopg.connect(history.dsn) as first, psycopg.connect(history.dsn, autocommit=True) as second:
+            rule = "select pgqueue.set_retention('task', 'two', '365 days')"
+            step = "select * from pgqueue.prune_history('finished', '7 days', 10)"
+            first.execute((rule if in_time == "before" else step).encode())
+            if in_time == "before":
+                assert second.execute(step.encode()).fetchall() == [], "it leaves the day alone"
+                first.commit()
+            else:
+                waiting = threading.Thread(target=lambda: second.execute(rule.encode()))
+                waiting.start()
+                until_waiting(history, second)
+                first.commit()
+                waiting.join()
+        while history.step(7, blocks=10):
+            pass
+        assert history.left() == {(10, "one", "q"): 800, (10, "two", "q"): 800}
+
+    def test_a_day_that_is_rewritten_in_the_middle_is_walked_anew(self, history: History) -> None:
+        history.add(10, 900, task="other")
+        history.add(10, 900, task="kept")
+        history.app.retention.set(task="kept", finished=365)
+        (part,) = history.old_parts()
+        history.sql(f"delete from pgqueue.{part} where task = 'other' and ctid < '(20,0)'")
+        for _ in range(4):
+            assert history.step(7, blocks=10)
+        history.sql(f"vacuum full pgqueue.{part}")
+        while history.step(7, blocks=10):
+            pass
+        assert history.left() == {(10, "kept", "q"): 900}
+
+    def test_a_copy_that_somebody_drops_is_made_anew(self, history: History) -> None:
+        history.add(10, 300, task="other")
+        history.add(10, 300, task="kept")
+        history.app.retention.set(task="kept", finished=365)
+        assert history.step(7, blocks=5)
+        (copy,) = history.leftovers()
+        history.sql(f"drop table pgqueue.{copy}")
+        while history.step(7, blocks=5):
+            pass
+        assert history.left() == {(10, "kept", "q"): 300}
+
+    def test_a_step_is_short_where_results_are_long(self, history: History) -> None:
+        """They are stored beside the table, whose blocks say little then."""
+        history.add(10, 200, task="kept")
+        (part,) = history.old_parts()
+        history.sql(
+            f"update pgqueue.{part} set result = to_jsonb((select string_agg(md5(n::text || g::text), '')"
+            " from generate_series(1, 1000) as g)) from (select generate_series(1, 1) as n) as one"
+        )
+        history.app.retention.set(task="kept", finished=365)
+        (sizes,) = history.sql(
+            "select pg_relation_size(t) as own, pg_table_size(t) as whole from to_regclass(%s) as t",
+            f"pgqueue.{part}",
+        )
+        assert sizes["whole"] > 20 * sizes["own"]
+        steps = 0
+        while answer := history.step(7, blocks=40):
+            steps += 1
+            assert answer[0]["kept"] < 100
+        assert steps > 5
+        assert history.left() == {(10, "kept", "q"): 200}
+
+    def test_a_walk_that_is_done_is_not_done_again_by_who_keeps_more(self, history: History) -> None:
+        history.add(10, 50, task="other")
+        history.add(10, 50, task="kept")
+        history.app.retention.set(task="kept", finished=365)
+        while history.step(7):
+            pass
+        history.sql("update pgqueue.retention_walks set walked_at = now() - interval '1 day'")
+        for days in (30, 9, 7, 30):
+            assert history.step(days) == []
+
     def test_walkers_that_are_set_differently_do_not_share_a_walk(self, history: History) -> None:
         """One copies what the other would delete in place: together they would lose what both keep."""
         history.add(10, 900, task="brief")
@@ -395,6 +487,29 @@ class TestNobodyWaits:
         }
         assert history.sql("select pgqueue.make_partitions(16) as made")[0]["made"] == 4
 
+    def test_short_transactions_all_the_time_are_no_reason(self, history: History) -> None:
+        """They overlap, so that there is always one, but none that lasts."""
+        history.add(40, 3)
+        stop = threading.Event()
+
+        def hold(offset: float) -> None:
+            with psycopg.connect(history.dsn) as connection:
+                stop.wait(offset)
+                while not stop.is_set():
+                    connection.execute("select count(*) from pgqueue.finished_jobs")
+                    stop.wait(0.1)
+                    connection.rollback()
+
+        holders = [threading.Thread(target=hold, args=(n * 0.025,)) for n in range(4)]
+        for holder in holders:
+            holder.start()
+        try:
+            assert history.prune(general(finished=7, failures=7)).days == 2
+        finally:
+            stop.set()
+            for holder in holders:
+                holder.join()
+
     def test_whoever_ends_soon_is_no_reason(self, history: History) -> None:
         history.add(40, 3)
         with psycopg.connect(history.dsn) as connection:
@@ -407,6 +522,24 @@ class TestNobodyWaits:
 
 
 class TestRules:
+    def test_a_year_is_of_days(self, history: History) -> None:
+        """Compared as intervals a year is 360 days, and what is past it would go too early."""
+        history.sql("select pgqueue.set_retention('task', 'a', '1 year', '1 month', '30 hours')")
+        days = {rule.what: rule.days for rule in history.app.retention.list()}
+        assert days == {"finished": 365.25, "failures": 30, "dead_letters": 1.25}
+        history.app.retention.set(task="b", finished=36_500)
+
+    @pytest.mark.parametrize("name", ["50%off", "it's", 'a"b', "{a,b}", "back\\slash", "%s %(x)s"])
+    def test_a_name_may_be_anything(self, history: History, name: str) -> None:
+        history.add(10, 5, task=name)
+        history.add(10, 5, task="other", queue=name)
+        history.add(10, 5, task="other")
+        for scope in ("task", "queue"):
+            history.sql("select pgqueue.set_retention(%s, %s, '365 days')", scope, name)
+        assert [day.rows for day in history.plan(general(finished=7)).days] == [5]
+        assert history.prune(general(finished=7)).rows == 5
+        assert sum(history.left().values()) == 10
+
     def test_they_are_listed_changed_and_removed(self, history: History) -> None:
         retention = history.app.retention
         retention.set(task="shop.invoice", finished=timedelta(days=365), by="ann", reason="tax law")
@@ -444,8 +577,8 @@ class TestRules:
             ("set_retention('tasks', 'a', '1 day')", "scope must be task or queue, got 'tasks'"),
             ("set_retention('task', '', '1 day')", "name must have 1 to 255 characters"),
             ("set_retention('task', 'a')", "give finished, failures or dead_letters"),
-            ("set_retention('task', 'a', '-1 day')", "must be from 0 to 100 years"),
-            ("set_retention('task', 'a', dead_letters => '101 years')", "must be from 0 to 100 years"),
+            ("set_retention('task', 'a', '-1 day')", "must be from 0 to 36500 days"),
+            ("set_retention('task', 'a', dead_letters => '101 years')", "must be from 0 to 36500 days"),
             ("prune_history('jobs', '1 day')", "what must be finished or failures"),
             ("prune_history('finished', '-1 day')", "general 0 or more"),
             ("prune_history('finished', '1 day', 0)", "blocks at least 1"),

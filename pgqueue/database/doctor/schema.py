@@ -96,7 +96,7 @@ def _needs(visit: Visit, grants: Row) -> dict[str, set[Grant]]:
     """What each deed needs, of what is there."""
     tables = [table.name for table in metadata_for(visit.schema).tables.values()]
     functions, relations = grants["functions"], grants["relations"]
-    views = [name for name in relations if name not in tables and not name.endswith("_seq")]
+    views = blueprint(visit.schema, known_revision(visit) or head_revision()).views
     look = {("table", name, "SELECT") for name in (*tables, *views)} | {("function", "id_floor", "EXECUTE")}
     sequence = ("sequence", "jobs_position_seq", "USAGE")
     operate = {("table", name, right) for name, rights in OPERATE.items() for right in rights}

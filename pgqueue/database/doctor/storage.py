@@ -123,8 +123,8 @@ def _judge_dead(visit: Visit, row: Row) -> Finding | None:
         who = session_words(holder) if holder["kind"] == "session" else f"{holder['kind']} {holder['name']}"
         means = f"VACUUM cannot remove them as long as {who} may still see them; see snapshots"
         return Finding("warning", what, means, f"{vacuum}   -- once that has ended", row["name"], facts)
-    means = "autovacuum does not come, or does not keep up; the table grows, and reading it takes longer"
-    return Finding("warning", what, means, vacuum, row["name"], facts, fixable=True, atomic=False)
+    means = "after a burst autovacuum comes within a minute or two; if this stays, it does not keep up"
+    return Finding("hint", what, means, vacuum, row["name"], facts, fixable=True, atomic=False)
 
 
 def check_partitions(visit: Visit) -> Seen:
@@ -139,7 +139,7 @@ def _judge_partitions(visit: Visit, row: Row) -> list[Finding]:
     make = f"SELECT {visit.schema}.make_partitions()"
     findings = []
     facts = {name: row[name] for name in ("missing", "counted", "movable")}
-    soon = row["missing"] and row["missing"][0] <= row["today"]
+    soon = row["today"] in row["missing"]  # yesterday's may be past its retention
     lacking = [day for day in row["missing"] if day > row["today"]]
     if soon or len(lacking) > 14 - DAYS_AHEAD:
         rows = f", and {_at_least(row['movable'])} are in the default partition" if row["movable"] else ""

@@ -167,7 +167,7 @@ def _now(visit: Visit) -> datetime:
 def check_tasks(visit: Visit) -> Seen:
     """Whether the workers of each queue know the tasks that wait in it."""
     known = {facts.id: set(facts.tasks) for facts in list_worker_facts(visit.session) if facts.tasks}
-    live = [worker for worker in visit.live if worker.id in known]
+    live = [worker for worker in visit.live if worker.id in known and not worker.stats.get("draining")]
     findings = []
     rows = visit.read("survey_tasks", by_index=True, most=SAMPLE)
     for row in rows:
