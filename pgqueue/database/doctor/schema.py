@@ -9,7 +9,7 @@ from typing import Any, Final
 from pgqueue.database.doctor.blueprint import blueprint
 from pgqueue.database.doctor.report import Finding, identifier, number, some
 from pgqueue.database.doctor.visit import Seen, Visit
-from pgqueue.database.migrate import compare_options, head_revision, open_engine, revisions
+from pgqueue.database.migrate import VERSION_TABLE, compare_options, head_revision, open_engine, revisions
 from pgqueue.database.session import Row
 from pgqueue.database.tables import metadata_for
 
@@ -96,7 +96,7 @@ def _needs(visit: Visit, grants: Row) -> dict[str, set[Grant]]:
     """What each deed needs, of what is there."""
     tables = [table.name for table in metadata_for(visit.schema).tables.values()]
     functions, relations = grants["functions"], grants["relations"]
-    views = blueprint(visit.schema, known_revision(visit) or head_revision()).views
+    views = {VERSION_TABLE, *blueprint(visit.schema, head_revision()).views}
     look = {("table", name, "SELECT") for name in (*tables, *views)} | {("function", "id_floor", "EXECUTE")}
     sequence = ("sequence", "jobs_position_seq", "USAGE")
     operate = {("table", name, right) for name, rights in OPERATE.items() for right in rights}
