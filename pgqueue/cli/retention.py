@@ -20,6 +20,8 @@ from pgqueue.database.session import open_session
 from pgqueue.retention import general_of
 
 _DAY = 86_400
+_STEP = 500 * 8192
+"""Bytes of a day that a step walks over, for the progress bar."""
 
 
 def _which(command: Any) -> Any:
@@ -151,7 +153,8 @@ def prune(context: Context, note: str | None, dry_run: bool, yes: bool, as_json:
             elif not (dry_run or plan.empty):
                 click.echo("nothing was removed; --yes does it")
             return ExitStatus.DONE
-        with progress_bar("prune", len(plan.days) + 1, shown=True) as advance:
+        steps = 1 + sum(1 + day.bytes // _STEP for day in plan.days if day.goes == "rows")
+        with progress_bar("prune", steps, shown=True) as advance:
             done = store.prune(session, general, by=who(), reason=note, progress=advance)
     if as_json:
         show_json({"dry_run": False, **asdict(done)})
