@@ -84,7 +84,7 @@ def _change(act: Act) -> str:
     after = act.after if isinstance(act.after, dict) else {}
     words = []
     for name in dict.fromkeys([*before, *after]):
-        if name in ("by", "actor"):  # of a pause: that is the one who does it
+        if name in ("by", "actor", "reason"):  # of a pause: they stand in the row already
             continue
         old, new = (_word(side.get(name)) for side in (before, after))
         if old != new and new is not None:
