@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pgqueue.cli.context import Context
 from pgqueue.cli.inspect import show_found
-from pgqueue.cli.options import MOST_ROWS, Words, json_option, read_id, read_since, watch_option
+from pgqueue.cli.options import Words, json_option, limit_option, read_id, read_since, watch_option
 from pgqueue.cli.output import moment, table, to_json
 from pgqueue.database.audit import Act, ActFilter, list_acts
 
@@ -33,9 +33,7 @@ Examples:
 @click.option("--action", type=Words(), metavar="NAME", help="Only this: cancel, requeue, pause_queue, ….")
 @click.option("--who", type=Words(), metavar="NAME", help="Only by this database role, or user@host.")
 @click.option("--since", callback=read_since, metavar="AGO|TIME", help="Since 30m, 2h, 3d, or a time.")
-@click.option(
-    "--limit", type=click.IntRange(1, MOST_ROWS), default=50, show_default=True, help="So many at most."
-)
+@limit_option(50)
 @watch_option
 @json_option
 @click.pass_obj

@@ -16,6 +16,7 @@ from pgqueue.cli.options import (
     Words,
     bulk,
     json_option,
+    limit_option,
     read_id,
     read_ids,
     read_since,
@@ -83,9 +84,7 @@ Examples:
   pgqueue dead list --error SMTPServerDisconnected --json""",
 )
 @filters
-@click.option(
-    "--limit", type=click.IntRange(1, MOST_ROWS), default=50, show_default=True, help="Show so many at most."
-)
+@limit_option(50)
 @json_option
 @click.pass_obj
 def list_command(context: Context, /, limit: int, as_json: bool, **which: Any) -> None:

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pgqueue.cli.context import Context
-from pgqueue.cli.options import MOST_ROWS, json_option, watch_option
+from pgqueue.cli.options import json_option, limit_option, watch_option
 from pgqueue.cli.output import clean, duration, moment, repeat, table, to_json
 from pgqueue.database.session import Session, open_session
 from pgqueue.database.stats import (
@@ -32,9 +32,7 @@ from pgqueue.database.stats import (
 exact_option = click.option("--exact", is_flag=True, help="Count every job, however many there are.")
 
 
-_limit = click.option(
-    "--limit", type=click.IntRange(1, MOST_ROWS), default=1000, show_default=True, help="So many at most."
-)
+_limit = limit_option(1000)
 
 
 @click.group(

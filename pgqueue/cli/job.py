@@ -13,9 +13,9 @@ from pgqueue.cli.context import Context
 from pgqueue.cli.dead import error_text
 from pgqueue.cli.inspect import show_found
 from pgqueue.cli.options import (
-    MOST_ROWS,
     Words,
     json_option,
+    limit_option,
     note_option,
     read_id,
     read_ids,
@@ -67,9 +67,7 @@ Examples:
 )
 @click.option("--enqueued-by", type=Words(), metavar="ROLE", help="Only those of this database role.")
 @click.option("--since", callback=read_since, metavar="AGO|TIME", help="Enqueued since 30m, 3d, or a time.")
-@click.option(
-    "--limit", type=click.IntRange(1, MOST_ROWS), default=50, show_default=True, help="So many at most."
-)
+@limit_option(50)
 @watch_option
 @json_option
 @click.pass_obj

@@ -103,6 +103,19 @@ def read_queue(ctx: click.Context, param: click.Parameter, value: str | None) ->
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 note_option = click.option("--note", type=Words(), metavar="TEXT", help="Why you do it, for the audit log.")
+
+
+def limit_option(default: int) -> Callable[[Command], Command]:
+    """How many rows a list has at most."""
+    return click.option(
+        "--limit",
+        type=click.IntRange(1, MOST_ROWS),
+        default=default,
+        show_default=True,
+        help="So many at most.",
+    )
+
+
 watch_option = click.option(
     "--watch",
     type=Seconds(0.1),
