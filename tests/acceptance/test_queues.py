@@ -38,8 +38,10 @@ def test_a_pause_holds_on_all_workers_within_a_second(
 ) -> None:
     """In the middle of twenty thousand jobs; those of another queue go on."""
     jobs.add_many("echo", [(n,) for n in range(20_000)], queue="a")
+    api.queues.pause("a")  # a worker alone is through with them before the second one has started
     for _ in range(2):
         workers.start("-c", "1", "-Q", "a:1,b:1", *flags)
+    api.queues.resume("a")
     eventually(lambda: live(jobs, "a") < 19_000, "they work")
     api.queues.pause("a", reason="too much")
     now = jobs.sql("select clock_timestamp() as now")[0]["now"]
