@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Text, and_, cast, or_, select, true
 from sqlalchemy.dialects.postgresql import UUID
 
-from pgqueue.database.session import Session, moment
+from pgqueue.database.session import Session, time_of
 from pgqueue.database.tables import metadata_for
 
 
@@ -83,7 +83,7 @@ def list_acts(session: Session, where: ActFilter, *, limit: int = 50) -> list[Ac
     if where.who is not None:
         terms.append(or_(c.actor == where.who, by == where.who))
     if where.since is not None:
-        terms.append(c.at >= moment(where.since))
+        terms.append(c.at >= time_of(where.since))
     columns = [c.at, c.action, c.actor, cast(c.job_id, Text).label("job_id"), c.queue, c.reason, c.details]
     found = select(*columns).where(and_(true(), *terms)).order_by(c.at.desc(), c.id.desc()).limit(limit)
     return [_act(row) for row in session.fetch(found)]

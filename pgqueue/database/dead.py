@@ -18,7 +18,7 @@ from uuid import UUID
 import psycopg
 from sqlalchemy import ColumnElement, Text, and_, cast, func, literal, or_, select
 
-from pgqueue.database.session import Row, Session, moment
+from pgqueue.database.session import Row, Session, time_of
 from pgqueue.database.tables import metadata_for
 from pgqueue.job import DeadFilter, check_id
 
@@ -303,7 +303,7 @@ def _matches(session: Session, where: DeadFilter) -> ColumnElement[bool]:
         last_part = func.right(c.error_class, len(where.error_class) + 1)
         conditions.append(or_(c.error_class == where.error_class, last_part == f".{where.error_class}"))
     if where.since is not None:
-        conditions.append(c.died_at >= moment(where.since))
+        conditions.append(c.died_at >= time_of(where.since))
     if where.until is not None:
         conditions.append(c.died_at <= where.until)
     return and_(literal(True), *conditions)

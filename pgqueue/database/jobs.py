@@ -11,7 +11,7 @@ from sqlalchemy import Select, Text, and_, cast, column, or_, select, table
 from sqlalchemy.dialects.postgresql import JSONB
 
 from pgqueue.database import dead
-from pgqueue.database.session import Session, moment
+from pgqueue.database.session import Session, time_of
 from pgqueue.job import JobFilter, check_id
 
 Answer = Literal["cancelled", "requested", "too_late"]
@@ -62,7 +62,7 @@ def _found(session: Session, where: JobFilter) -> Select[Any]:
     if where.tags:
         terms.append(c.tags.op("@>")(cast(json.dumps(where.tags), JSONB)))
     if where.since is not None:
-        since = moment(where.since)
+        since = time_of(where.since)
         # The second says nothing new, but that whole days of history need not be looked at.
         terms += [c.enqueued_at >= since, or_(c.finished_at >= since, c.finished_at.is_(None))]
     columns = [cast(c.id, Text).label("id"), c.tags, *(c[name] for name in names)]

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pgqueue.database.dsn import connect_options, one_line, unreachable
+from pgqueue.database.queries import query
 from pgqueue.errors import ConfigError, DatabaseError, DatabaseUnavailable, SchemaMismatch
 
 if TYPE_CHECKING:
@@ -170,8 +171,8 @@ def _note(config: Config, before: str | None, after: str, by: str | None) -> Non
     changes = {"before": {"revision": before}, "after": {"revision": after}}
     details = json.dumps(changes if by is None else {"by": by, **changes})
     cursor = config.attributes["connection"].connection.driver_connection.cursor()
-    schema = config.attributes["schema"]
-    cursor.execute(f"INSERT INTO {schema}.audit_log (action, details) VALUES ('migrate', %s)", [details])  # noqa: S608
+    parameters = {"action": "migrate", "reason": None, "details": details}
+    cursor.execute(query("note_act", config.attributes["schema"]).text, parameters)
 
 
 def check_drift(dsn: str, *, schema: str = "pgqueue") -> None:

@@ -118,7 +118,7 @@ class Session:
         return self.connection.execute(text.encode(), parameters).fetchall()
 
 
-def moment(since: datetime | timedelta) -> ColumnElement[Any]:
+def time_of(since: datetime | timedelta) -> ColumnElement[Any]:
     """In a select(): this time, or so long before its transaction began."""
     from sqlalchemy import func, literal
 

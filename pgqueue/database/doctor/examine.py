@@ -259,7 +259,7 @@ def _look_again(visit: Visit, name: str, finding: Finding, by: str) -> None:
         "before": {"found": finding.what, "facts": finding.facts},
         "after": {"found": left.what, "facts": left.facts} if left is not None else {"found": None},
     }
-    visit.session.run("note_doctor_fix", details=json.dumps(details, default=str))
+    visit.session.run("note_act", action="doctor_fix", reason=None, details=json.dumps(details, default=str))
     finding.fixed = left is None
     if left is not None:
         finding.refused = f"done, and still: {left.what}"
