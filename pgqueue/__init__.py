@@ -4,6 +4,7 @@ Importing this loads no database driver, no command line and no worker.
 """
 
 from pgqueue.app import PgQueue
+from pgqueue.canvas import Canvas, Signature, chain, chord, group
 from pgqueue.context import Request, TaskContext
 from pgqueue.errors import (
     AppNotLoaded,
@@ -42,14 +43,16 @@ from pgqueue.errors import (
 )
 from pgqueue.job import DeadFilter, Progress
 from pgqueue.options import JobOptions
-from pgqueue.result import AsyncResult
-from pgqueue.task import Signature, Task
+from pgqueue.result import AsyncResult, CanvasResult
+from pgqueue.task import Task
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AppNotLoaded",
     "AsyncResult",
+    "Canvas",
+    "CanvasResult",
     "ConfigError",
     "DatabaseError",
     "DatabaseUnavailable",
@@ -91,4 +94,7 @@ __all__ = [
     "WorkerError",
     "WrongDatabase",
     "__version__",
+    "chain",
+    "chord",
+    "group",
 ]

@@ -14,9 +14,15 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, TypeVar, Unpack, overload
 
+from pgqueue.canvas import Signature, without_links
 from pgqueue.codec import encode_plain
 from pgqueue.config import Config
-from pgqueue.database.connection import recognise_async, recognise_sync
+from pgqueue.database.connection import (
+    AsyncConnection,
+    SyncConnection,
+    recognise_async,
+    recognise_sync,
+)
 from pgqueue.dead_letters import DeadLetters
 from pgqueue.discovery import task_modules
 from pgqueue.enqueue import Client
@@ -36,17 +42,14 @@ from pgqueue.options import (
 )
 from pgqueue.queues import Queues
 from pgqueue.request import build_request, of_this_run
-from pgqueue.result import AsyncResult
+from pgqueue.result import AsyncResult, CanvasResult
 from pgqueue.retention import Retention
 from pgqueue.retry import RetryPolicy
 from pgqueue.schedules import Decorated, Schedules, SchedulesInCode
 from pgqueue.task import (
-    AsyncConnection,
     AsyncTask,
     BoundDecorator,
     PlainDecorator,
-    Signature,
-    SyncConnection,
     Task,
 )
 
@@ -299,7 +302,10 @@ class PgQueue:
         """Enqueue a job by its task's name, with plain JSON values if the task is not registered here too."""
         check_option_names("send_task", options)
         caller = None if connection is None else recognise_sync(connection, "send_task")
-        request = self._request_for(check_task_name(name), args, kwargs or {}, options)
+        if "link" in options or "link_error" in options:
+            linked: AsyncResult[Any] = self.signature(name, args, kwargs)._enqueue((), {}, options, caller)
+            return linked
+        request = self.request_for(check_task_name(name), args, kwargs or {}, options)
         return self.result_of(self.client.enqueue(request, caller))
 
     async def asend_task(
@@ -314,11 +320,15 @@ class PgQueue:
         """`send_task`, awaited."""
         check_option_names("asend_task", options)
         caller = None if connection is None else recognise_async(connection, "asend_task")
-        request = self._request_for(check_task_name(name), args, kwargs or {}, options)
+        if "link" in options or "link_error" in options:
+            signature = self.signature(name, args, kwargs)
+            linked: AsyncResult[Any] = await signature._aenqueue((), {}, options, caller)
+            return linked
+        request = self.request_for(check_task_name(name), args, kwargs or {}, options)
         return self.result_of(await self.client.aenqueue(request, caller))
 
     def enqueue_many(
-        self, signatures: Iterable[Signature], connection: SyncConnection | None = None
+        self, signatures: Iterable[Signature[Any]], connection: SyncConnection | None = None
     ) -> list[str]:
         """Enqueue many jobs at once, all or none; their ids in the same order.
 
@@ -330,7 +340,7 @@ class PgQueue:
         return self.client.enqueue_many(self._requests_for(signatures), caller)
 
     async def aenqueue_many(
-        self, signatures: Iterable[Signature], connection: AsyncConnection | None = None
+        self, signatures: Iterable[Signature[Any]], connection: AsyncConnection | None = None
     ) -> list[str]:
         """`enqueue_many`, awaited."""
         caller = None if connection is None else recognise_async(connection, "aenqueue_many")
@@ -469,7 +479,33 @@ class PgQueue:
         """The job with this id, whether or not there is one; ValueError if it is not a UUID."""
         return self.result_of(check_id(job_id))
 
-    def _requests_for(self, signatures: Iterable[Signature]) -> list[JobRequest]:
+    def signature(
+        self,
+        name: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        immutable: bool = False,
+        **options: Unpack[JobOptions],
+    ) -> Signature[Any]:
+        """A call of the task of this name as a value, as `task.s` makes of one that is registered here.
+
+        Args:
+            immutable: It takes no result of what it waits for.
+        """
+        made: Signature[Any] = Signature(check_task_name(name), args, kwargs, app=self, immutable=immutable)
+        return made.set(**options)
+
+    def canvas_result_of(self, canvas_id: str) -> CanvasResult[Any]:
+        """The result of a canvas whose id is known to be one."""
+        eager = self._eager
+        return CanvasResult(canvas_id, lambda: (eager or self._client).database)
+
+    def CanvasResult(self, canvas_id: object) -> CanvasResult[Any]:
+        """The canvas with this id, whether or not there is one; ValueError if it is not a UUID."""
+        return self.canvas_result_of(check_id(canvas_id))
+
+    def _requests_for(self, signatures: Iterable[Signature[Any]]) -> list[JobRequest]:
         if isinstance(signatures, Signature) or not isinstance(signatures, Iterable):
             raise TypeError(
                 f"enqueue_many takes a list of calls made with task.s(...), got {shown(signatures)}"
@@ -491,11 +527,13 @@ class PgQueue:
             check_option_names("enqueue_many", signature.options)
         if signature.task not in self._tasks:
             check_task_name(signature.task)
-        return self._request_for(signature.task, signature.args, signature.kwargs, signature.options)
+        without_links("enqueue_many", signature)
+        return self.request_for(signature.task, signature.args, signature.kwargs, signature.options)
 
-    def _request_for(
+    def request_for(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
     ) -> JobRequest:
+        """Check and encode a call by name. Names of options are checked already."""
         task = self._tasks.get(name)
         if task is not None:
             return task.request_for(args, kwargs, options)
@@ -505,13 +543,42 @@ class PgQueue:
             options = self.hooks.headers_for(name, args, kwargs, options)
         return self.encode(name, args, kwargs, options)
 
+    def member_request_for(
+        self,
+        name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        *,
+        canvas_id: str | None,
+        takes_result: bool,
+    ) -> tuple[JobRequest, str | None]:
+        """The request of a job of a canvas, and the label of its dead letter."""
+        if name not in self._tasks:
+            check_task_name(name)
+        check_arguments(name, args, kwargs)
+        options = of_this_run(options)
+        if self.hooks.has("before_enqueue"):
+            options = self.hooks.headers_for(name, args, kwargs, options)
+        request = self.encode(name, args, kwargs, options, canvas_id=canvas_id, takes_result=takes_result)
+        task = self._tasks.get(name)
+        label = self.route(name).dead_letter_queue if task is None else task.dead_letter_queue
+        return request, label
+
     def encode(
-        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+        self,
+        name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        *,
+        canvas_id: str | None = None,
+        takes_result: bool = False,
     ) -> JobRequest:
         """The request that a call of the task of this name would make, without asking hooks."""
         task = self._tasks.get(name)
         if task is not None:
-            return task.encode(args, kwargs, options)
+            return task.encode(args, kwargs, options, canvas_id=canvas_id, takes_result=takes_result)
         route, defaults = self.route(name), self.defaults
         priority = route.priority if route.priority is not None else defaults.get("priority")
         return build_request(
@@ -523,6 +590,7 @@ class PgQueue:
             expires=defaults.get("expires"),
             unique_until=defaults.get("unique_until"),
             history=defaults.get("history", True),
+            canvas_id=canvas_id,
         )
 
 

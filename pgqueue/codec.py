@@ -96,6 +96,14 @@ class ArgumentCodec:
         names = [name for name, _ in plan.args]
         return _payload(positional, keywords, names)
 
+    def encode_behind(self, ahead: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, str]:
+        """As `encode`, for arguments that others, so many and not known yet, are put in front of."""
+        check = (None,) * ahead
+        plan = self._plans.get((ahead + len(args), *kwargs)) or self._plan((*check, *args), kwargs)
+        positional = [_encode(*named, value) for named, value in zip(plan.args[ahead:], args, strict=True)]
+        keywords = {key: _encode(*plan.kwargs[key], value) for key, value in kwargs.items()}
+        return _payload(positional, keywords, [name for name, _ in plan.args[ahead:]])
+
     def decode(self, args: str, kwargs: str) -> tuple[list[Any], dict[str, Any]]:
         """The arguments `encode` was given, from any text.
 

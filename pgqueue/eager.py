@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import time
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import replace
 from datetime import UTC, datetime
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -23,7 +25,7 @@ from pgqueue.database.connection import adrive, drive
 from pgqueue.enqueue import Client
 from pgqueue.errors import PayloadError, Retry, TaskCancelled, UnknownTask
 from pgqueue.hooks import TaskFailed, TaskRetried, TaskStarted, TaskSucceeded
-from pgqueue.job import JobRequest, Progress, current_request
+from pgqueue.job import CanvasNode, CanvasRequest, JobRequest, Progress, current_request
 from pgqueue.result import Outcome
 from pgqueue.retry import Again
 from pgqueue.tracebacks import describe
@@ -78,6 +80,16 @@ class _Ends:
 
     def __init__(self) -> None:
         self._outcomes: dict[str, Outcome] = {}
+        self._canvases: dict[str, list[str]] = {}
+
+    def outcome(self, job_id: str) -> Outcome:
+        """How the job, or the canvas, has ended."""
+        return self._outcomes[job_id]
+
+    def keep_canvas(self, canvas_id: str, outcome: Outcome, jobs: list[str]) -> None:
+        """This is how the canvas of these jobs has ended."""
+        self._outcomes[canvas_id] = outcome
+        self._canvases[canvas_id] = jobs
 
     def keep(self, job_id: str, outcome: Outcome) -> None:
         """This is how the job has ended."""
@@ -92,9 +104,15 @@ class _Ends:
         return self.run(plan)
 
     def _answer(self, step: Statement) -> list[tuple[Any, ...]]:
-        if step.name == "cancel_job":
+        wanted = str(step.parameters.get("id"))
+        if step.name in ("cancel_job", "cancel_canvas"):
             return [("too_late",)]
-        found = self._outcomes.get(str(step.parameters["id"])) if step.name == "find_job" else None
+        if step.name == "list_canvas_jobs":
+            return [(job_id,) for job_id in self._canvases.get(wanted, ())]
+        if step.name == "find_canvas_progress":
+            jobs = self._canvases.get(wanted)
+            return [] if jobs is None else [(len(jobs), len(jobs))]
+        found = self._outcomes.get(wanted) if step.name in ("find_job", "find_canvas") else None
         return [] if found is None else [tuple(getattr(found, name) for name in Outcome.__slots__)]
 
 
@@ -133,6 +151,54 @@ class Eager(Client):
     async def aenqueue_many(self, requests: Sequence[JobRequest], caller: AsyncCaller | None) -> list[str]:
         """Run jobs one after another; their ids."""
         return [await self.aenqueue(request, caller) for request in requests]
+
+    def enqueue_canvas(self, request: CanvasRequest, caller: SyncCaller | None) -> None:
+        """Run the jobs of a canvas in order."""
+        drive(self._canvas(request, caller), _run_anywhere)
+
+    async def aenqueue_canvas(self, request: CanvasRequest, caller: AsyncCaller | None) -> None:
+        """Run the jobs of a canvas in order."""
+        await adrive(self._canvas(request, caller), _await)
+
+    def _canvas(
+        self, request: CanvasRequest, caller: SyncCaller | AsyncCaller | None
+    ) -> Generator[Coroutine[Any, Any, Any], Any, None]:
+        """What is waited for comes before what waits, and members of a join before what waits for it."""
+        ends: dict[str, Outcome] = {}
+        members: dict[str, list[CanvasNode]] = {}
+        nodes = {node.id: node for node in request.nodes}
+
+        def end_of(node: CanvasNode) -> Outcome:
+            if node.id not in ends:
+                ends[node.id] = _joined(node, [(member, end_of(member)) for member in members[node.id]])
+            return ends[node.id]
+
+        for node in request.nodes:
+            if node.member_of is not None:
+                members.setdefault(node.member_of, []).append(node)
+            if node.request is None:
+                continue
+            before = None if node.after is None else end_of(nodes[node.after])
+            if before is not None and before.state != "succeeded":
+                ends[node.id] = _not_run(before)
+                self._ends.keep(node.id, ends[node.id])
+            else:
+                job = node.request
+                if before is not None and node.takes_result:
+                    job = replace(job, args=_in_front(before.result or "null", job.args))
+                yield from self._job(job, caller)
+                ends[node.id] = self._ends.outcome(node.id)
+        for node in request.nodes:
+            end = end_of(node)
+            for handler in node.on_error:
+                if end.state in ("dead", "expired") and (not handler.own or end.reason != "member_failed"):
+                    job = handler.request
+                    fault = json.dumps(end.fault or node.id)
+                    yield from self._job(
+                        replace(job, args=_in_front(fault, job.args)) if handler.takes_id else job, caller
+                    )
+        jobs = [node.id for node in request.nodes if node.request is not None]
+        self._ends.keep_canvas(request.id, end_of(nodes[request.output]), jobs)
 
     def _job(
         self, request: JobRequest, caller: SyncCaller | AsyncCaller | None
@@ -178,6 +244,27 @@ class Eager(Client):
             return request.id
         self._ends.keep(request.id, Outcome("scheduled"))
         return request.id
+
+
+def _joined(join: CanvasNode, members: list[tuple[CanvasNode, Outcome]]) -> Outcome:
+    """How a join ends whose members have ended so."""
+    failed = [
+        (member, end) for member, end in members if end.state != "succeeded" or end.result_error is not None
+    ]
+    if failed and not join.skips_failed:
+        member, end = failed[0]
+        return replace(end, state="dead", fault=end.fault or member.id)
+    results = [end.result or "null" for _, end in members if end.state == "succeeded"]
+    return Outcome("succeeded", f"[{','.join(results)}]")
+
+
+def _not_run(before: Outcome) -> Outcome:
+    why = f"what it waits for did not succeed: {before.error_message or before.state}"
+    return Outcome("dead", None, None, "member_failed", "MemberFailed", why, None, before.fault)
+
+
+def _in_front(value: str, args: str) -> str:
+    return f"[{value}]" if args == "[]" else f"[{value},{args[1:]}"
 
 
 def _decide(

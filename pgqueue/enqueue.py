@@ -47,7 +47,7 @@ from pgqueue.errors import (
     shown,
 )
 from pgqueue.failpoints import armed, failpoint
-from pgqueue.job import JobRequest
+from pgqueue.job import CanvasNode, CanvasRequest, ErrorJob, JobRequest
 
 if TYPE_CHECKING:
     from pgqueue.database.pool import Database
@@ -124,7 +124,10 @@ def _insert_unique(request: JobRequest, parameters: Mapping[str, Any]) -> Steps[
                 "enqueued",
                 job_id=job_id,
             )
-        with _waiting_for_key(request.task, request.unique_key):
+        with (
+            _waiting_for_key(request.task, request.unique_key),
+            _told_of_revision("0003", 'on_conflict="replace" needs', "replace_job"),
+        ):
             rows = yield Statement("replace_job", {**parameters, "id": job_id})
         if rows[0][0] != "gone":
             break
@@ -141,10 +144,6 @@ def _waiting_for_key(task: str, key: str | None) -> Iterator[None]:
             raise UniqueWaitTimeout(
                 f"another transaction, open for over a second, has enqueued {task} with the unique_key "
                 f"{'given' if key is None else shown(key)}; try again when it has ended"
-            ) from error
-        if state == UNDEFINED_FUNCTION and "replace_job" in str(error):
-            raise SchemaMismatch(
-                'on_conflict="replace" needs revision 0003 of the schema; run `pgqueue migrate`'
             ) from error
         raise
 
@@ -181,6 +180,39 @@ def insert_many(
         return ids
 
     return plan
+
+
+def insert_canvas(request: CanvasRequest) -> Plan[None]:
+    """Enqueue a canvas, unless it is there already: its id is remembered for as long as it is."""
+
+    def plan(channel: Channel) -> Steps[None]:
+        jobs = sum(node.request is not None for node in request.nodes)
+        start = {"id": request.id, "output": request.output, "jobs": jobs}
+        with _told_of_revision("0011", "a canvas needs", "enqueue_canvas"):
+            is_new = (yield Statement("enqueue_canvas", start))[0][0]
+        if not is_new:
+            yield Statement("flush_log", {})
+            return
+        rows = yield Statement("read_clock", {"schema": channel.schema})
+        now = float(rows[0][0])
+        for chunk in _chunks(request.nodes, CHUNK):
+            nodes = f"[{','.join(_node_json(node, now) for node in chunk)}]"
+            yield Statement("enqueue_canvas_nodes", {"id": request.id, "nodes": nodes})
+
+    return plan
+
+
+@contextlib.contextmanager
+def _told_of_revision(revision: str, what: str, function: str) -> Iterator[None]:
+    """SchemaMismatch where the schema does not have this function yet."""
+    try:
+        yield
+    except Exception as error:
+        if sqlstate_of(error) == UNDEFINED_FUNCTION and function in str(error):
+            raise SchemaMismatch(
+                f"{what} revision {revision} of the schema; run `pgqueue migrate`"
+            ) from error
+        raise
 
 
 def in_transaction_of_caller(plan: Plan[T], home: str | None) -> Plan[T]:
@@ -252,20 +284,72 @@ def _jobs_json(requests: Sequence[JobRequest], now: float) -> str:
     return f"[{','.join(_job_json(request, now) for request in requests)}]"
 
 
+def _node_json(node: CanvasNode, now: float) -> str:
+    """One element of the argument of the SQL function `enqueue_canvas_nodes`."""
+    request = node.request
+    fields: dict[str, Any] = {
+        "id": node.id,
+        "nth": node.nth,
+        "after": node.after,
+        "member_of": node.member_of,
+        "takes_result": node.takes_result,
+        "keeps_result": node.keeps_result,
+        "skips_failed": node.skips_failed,
+    }
+    payloads = ""
+    if node.on_error:
+        payloads = f', "on_error": [{",".join(map(_error_json, node.on_error))}]'
+    if request is not None:
+        fields |= _common_fields(request)
+        fields["dead_letter_queue"] = node.dead_letter_queue
+        payloads += _payloads(request)
+        if node.after is None:
+            fields |= _fixed_times(request, now)
+        else:  # what counts from now counts from its release
+            fields |= _times_from_then(request)
+    return f"{json.dumps(fields, ensure_ascii=False)[:-1]}{payloads}}}"
+
+
+def _error_json(job: ErrorJob) -> str:
+    fields = {"takes_result": job.takes_id, "own": job.own}
+    fields |= _common_fields(job.request) | _times_from_then(job.request)
+    return f"{json.dumps(fields, ensure_ascii=False)[:-1]}{_payloads(job.request)}}}"
+
+
+def _times_from_then(request: JobRequest) -> dict[str, Any]:
+    return {
+        "eta": None if request.eta is None else request.eta.isoformat(),
+        "countdown": request.countdown,
+        "expires_at": None if request.expires_at is None else request.expires_at.isoformat(),
+        "expires_in": request.expires_in,
+    }
+
+
 def _job_json(request: JobRequest, now: float) -> str:
-    eta, expires_at = _times(request, now)
-    fields = {
-        "id": request.id,
+    fields = {"id": request.id, "unique_key": request.unique_key}
+    fields |= _common_fields(request) | _fixed_times(request, now)
+    return f"{json.dumps(fields, ensure_ascii=False)[:-1]}{_payloads(request)}}}"
+
+
+def _common_fields(request: JobRequest) -> dict[str, Any]:
+    return {
         "queue": request.queue,
         "task": request.task,
         "priority": request.priority,
+        "max_retries": request.max_retries,
+    }
+
+
+def _fixed_times(request: JobRequest, now: float) -> dict[str, str | None]:
+    eta, expires_at = _times(request, now)
+    return {
         "eta": None if eta is None else eta.isoformat(),
         "expires_at": None if expires_at is None else expires_at.isoformat(),
-        "max_retries": request.max_retries,
-        "unique_key": request.unique_key,
     }
-    head = json.dumps(fields, ensure_ascii=False)[:-1]
-    return f'{head}, "args": {request.args}, "kwargs": {request.kwargs}, "headers": {request.headers}}}'
+
+
+def _payloads(request: JobRequest) -> str:
+    return f', "args": {request.args}, "kwargs": {request.kwargs}, "headers": {request.headers}'
 
 
 def _times(request: JobRequest, now: float) -> tuple[datetime | None, datetime | None]:
@@ -285,8 +369,8 @@ def _later(now: float, seconds: float) -> datetime:
     return _EPOCH + timedelta(seconds=now + seconds)
 
 
-def _chunks(requests: Sequence[JobRequest], size: int) -> Generator[Sequence[JobRequest], None, None]:
-    remaining = iter(requests)
+def _chunks(items: Sequence[T], size: int) -> Generator[Sequence[T], None, None]:
+    remaining = iter(items)
     while chunk := list(islice(remaining, size)):
         yield chunk
 
@@ -408,6 +492,18 @@ class Client:
             return await self._ain_transaction(insert_many(requests), caller)
         return await adrive(self._many(requests), self._aperform)
 
+    def enqueue_canvas(self, request: CanvasRequest, caller: SyncCaller | None) -> None:
+        """Enqueue a canvas, all or nothing."""
+        if caller is not None:
+            return self._in_transaction(insert_canvas(request), caller)
+        return drive(self._whole(request), self._perform)
+
+    async def aenqueue_canvas(self, request: CanvasRequest, caller: AsyncCaller | None) -> None:
+        """Enqueue a canvas, all or nothing."""
+        if caller is not None:
+            return await self._ain_transaction(insert_canvas(request), caller)
+        return await adrive(self._whole(request), self._aperform)
+
     def close(self) -> None:
         """Close the idle connections of this process."""
         if self._database is not None:
@@ -434,6 +530,9 @@ class Client:
             job_id=first,
             history=all(request.history for request in requests),
         )
+
+    def _whole(self, request: CanvasRequest) -> Generator[Attempt | Pause, Any, None]:
+        return until_settled(lambda repeated: insert_canvas(request), atomic=True, job_id=request.id)
 
     def _perform(self, step: Attempt | Pause) -> Any:
         if isinstance(step, Pause):

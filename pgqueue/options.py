@@ -134,6 +134,8 @@ class JobOptions(TypedDict, total=False):
             run has that run's, unless it is given one, or None.
         tags: Labels to find jobs by.
         headers: JSON values that travel with the job.
+        link: A Signature or canvas, or several, to run when the job has succeeded, with its result in front.
+        link_error: A Signature, or several, to run when it has failed, with its id in front.
     """
 
     countdown: float | None
@@ -151,6 +153,8 @@ class JobOptions(TypedDict, total=False):
     correlation_id: str | None
     tags: Sequence[str] | None
     headers: Mapping[str, Any] | None
+    link: Any
+    link_error: Any
 
 
 class PeriodicOptions(TypedDict, total=False):
@@ -180,8 +184,6 @@ _CELERY_JOB_OPTIONS: Final = {
     "exchange": "it is called queue here",
     "retry": "a lost connection is repeated by itself",
     "retry_policy": "a lost connection is repeated by itself",
-    "link": "enqueue the next job at the end of the task",
-    "link_error": "a job that failed is a dead letter",
     "ignore_result": "it is an option of the task",
     "serializer": "arguments are always JSON",
     "compression": "Postgres compresses large arguments",

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pgqueue.codec import encode_headers
 from pgqueue.errors import shown
 from pgqueue.job import (
+    CANVAS,
     CORRELATION_ID,
     OWN_HEADER,
     TAGS,
@@ -80,6 +81,7 @@ def build_request(
     unique_until: str | None = None,
     limits: tuple[float | None, float | None] = (None, None),
     history: bool = True,
+    canvas_id: str | None = None,
 ) -> JobRequest:
     """A checked request.
 
@@ -93,14 +95,16 @@ def build_request(
         expires: Seconds, unless the options say otherwise.
         unique_until: Unless the options say otherwise.
         limits: The task's soft and hard time limits, which those of the options have to fit.
-        history: See `JobRequest`.
+        history: See `JobRequest`. A job of a canvas always has it.
+        canvas_id: Of the canvas that the job belongs to.
 
     Raises:
         ValueError: An option's value is out of its range, or two exclude each other.
         TypeError: An option's value is of a wrong type.
         PayloadError: `headers` are not JSON values.
     """
-    if not options:
+    history = history or canvas_id is not None
+    if not options and canvas_id is None:
         return JobRequest(new_id(), task, args, kwargs, queue, priority, expires_in=expires, history=history)
     options = _labelled(options)
     get = options.get
@@ -125,7 +129,7 @@ def build_request(
         expires_at=check_time("expires", until) if at else None,
         expires_in=None if at else expires if until is None else check_seconds("expires", until),
         max_retries=check_max_retries(get("max_retries")),
-        headers=_headers(options, unique_key, unique_until, limits),
+        headers=_headers(options, unique_key, unique_until, limits, canvas_id),
         unique_key=unique_key,
         on_conflict=on_conflict,
         history=history,
@@ -138,6 +142,7 @@ def _headers(
     unique_key: str | None,
     unique_until: str | None,
     limits: tuple[float | None, float | None],
+    canvas_id: str | None,
 ) -> str:
     """The caller's headers, and under a key of ours what else travels with the job."""
     own: dict[str, Any] = {}
@@ -154,6 +159,8 @@ def _headers(
         check_choice("unique_until", until, get_args(UniqueUntil))
     if unique_key is not None and (until or unique_until) == "start":
         own["unique_until"] = "start"
+    if canvas_id is not None:
+        own[CANVAS] = canvas_id
     headers = options.get("headers")
     if headers is None:
         return json.dumps({OWN_HEADER: own}) if own else "{}"

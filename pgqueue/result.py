@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, TypeVar
 
 from pgqueue.codec import clean_text, decode_result
 from pgqueue.database.connection import (
@@ -47,7 +47,7 @@ UNKNOWN_FOR: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One look at a job."""
+    """One look at a job, or a canvas; `fault`: of that, the id of the job that has failed."""
 
     state: State
     result: str | None = None
@@ -56,6 +56,7 @@ class Outcome:
     error_class: str | None = None
     error_message: str | None = None
     traceback: str | None = None
+    fault: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -83,15 +84,17 @@ class AsyncResult(Generic[R_co]):
         self._database = database
         self._succeeded: Outcome | None = None
 
+    _what: ClassVar[str] = "job"
+
     @property
     def id(self) -> str:
         return self._id
 
     def __repr__(self) -> str:
-        return f"<AsyncResult {self._id}>"
+        return f"<{type(self).__name__} {self._id}>"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, AsyncResult) and other._id == self._id
+        return type(other) is type(self) and other._id == self._id
 
     def __hash__(self) -> int:
         return hash(self._id)
@@ -185,7 +188,8 @@ class AsyncResult(Generic[R_co]):
     def _until_ended(self, timeout: float | None) -> Generator[_Look | Pause, Any, R_co]:
         if current_request.get() is not None:
             raise RuntimeError(
-                f"a task must not wait for another job ({self._id}): when all slots wait, none is left for it"
+                f"a task must not wait for another {self._what} ({self._id}): when all slots wait, none is "
+                "left for it"
             )
         timeout = _read_timeout(timeout)
         start = time.monotonic()
@@ -201,10 +205,11 @@ class AsyncResult(Generic[R_co]):
                 known_until = now
             elif now - known_until >= UNKNOWN_FOR:
                 raise JobNotFound(
-                    f"no job {self._id}: not committed, pruned, or in another database", job_id=self._id
+                    f"no {self._what} {self._id}: not committed, pruned, or in another database",
+                    job_id=self._id,
                 )
             if timeout is not None and now - start >= timeout:
-                raise TimeoutError(f"job {self._id} is {outcome.state} after {timeout:g} s")
+                raise TimeoutError(f"{self._what} {self._id} is {outcome.state} after {timeout:g} s")
             left = pause if timeout is None else start + timeout - now
             yield Pause(min(pause, left))
             pause = min(pause * 1.5, LAST_POLL)
@@ -256,24 +261,92 @@ class AsyncResult(Generic[R_co]):
                 return decode_result(outcome.result)
             if outcome.result_error is not None:
                 raise ResultUnavailable(
-                    f"job {self._id} succeeded, its result was not stored: {outcome.result_error}",
+                    f"{self._what} {self._id} succeeded, its result was not stored: {outcome.result_error}",
                     job_id=self._id,
                 )
             return None
         if outcome.state == "cancelled":
-            raise JobCancelled(f"job {self._id} was cancelled", job_id=self._id)
+            raise JobCancelled(f"{self._what} {self._id} was cancelled", job_id=self._id)
         if outcome.state == "expired":
-            raise JobExpired(f"job {self._id} expired before it could run", job_id=self._id)
+            raise JobExpired(f"{self._what} {self._id} expired before it could run", job_id=self._id)
         because = ": ".join(part for part in (outcome.error_class, outcome.error_message) if part)
         reason = outcome.reason or "unknown"
         raise JobFailed(
-            f"job {self._id} failed ({reason}){': ' if because else ''}{because}",
-            job_id=self._id,
+            f"{self._what} {self._id} failed ({reason}){': ' if because else ''}{because}",
+            job_id=outcome.fault or self._id,
             reason=reason,
             error_class=outcome.error_class,
             error_message=outcome.error_message,
             remote_traceback=outcome.traceback,
         )
+
+
+class CanvasResult(AsyncResult[R_co]):
+    """A chain, group or chord that was enqueued, and its result once it has one.
+
+    Its state is that of what it ends with, once that has ended; before, `running` if any of its jobs has
+    begun, else `ready` or `scheduled`. It fails when it cannot succeed any more and all that it waits for has
+    ended. One that has failed goes on when the dead letter at fault, the `job_id` of `JobFailed`, is requeued
+    and succeeds.
+    """
+
+    _what = "canvas"
+
+    @property
+    def progress(self) -> Progress | None:
+        """How many of its jobs have ended, and how many it has; None if nobody knows it."""
+        return self._database().run(self._find_progress)
+
+    @property
+    def children(self) -> list[AsyncResult[Any]]:
+        """Its jobs, in order."""
+        return self._database().run(self._list_jobs)
+
+    async def achildren(self) -> list[AsyncResult[Any]]:
+        """`children`, awaited."""
+        return await self._database().arun(self._list_jobs)
+
+    def cancel(self, reason: str | None = None) -> Literal["cancelled", "requested", "too_late"]:
+        """Cancel what is left of it, for the `reason` that the audit log keeps.
+
+        Returns:
+            `cancelled`: all that was left waited, and will not run. `requested`: some of it runs, and is told
+            to end. `too_late`: nothing was left, or there is no such canvas.
+        """
+        answer = super().cancel(reason)
+        self._database().run(self._settle)
+        return answer
+
+    async def acancel(self, reason: str | None = None) -> Literal["cancelled", "requested", "too_late"]:
+        """`cancel`, awaited."""
+        answer = await super().acancel(reason)
+        await self._database().arun(self._settle)
+        return answer
+
+    def _find(self, channel: Channel) -> Steps[Outcome]:
+        rows = yield Statement("find_canvas", {"id": self._id})
+        return Outcome(*rows[0]) if rows else Outcome("unknown")
+
+    def _find_progress(self, channel: Channel) -> Steps[Progress | None]:
+        rows = yield Statement("find_canvas_progress", {"id": self._id})
+        return Progress(*rows[0]) if rows else None
+
+    def _list_jobs(self, channel: Channel) -> Steps[list[AsyncResult[Any]]]:
+        rows = yield Statement("list_canvas_jobs", {"id": self._id})
+        return [AsyncResult(row[0], self._database) for row in rows]
+
+    def _cancel(
+        self, channel: Channel, *, reason: str | None
+    ) -> Steps[Literal["cancelled", "requested", "too_late"]]:
+        rows = yield Statement("cancel_canvas", {"id": self._id, "reason": reason, "actor": None})
+        answer: Literal["cancelled", "requested", "too_late"] = rows[0][0]
+        return answer
+
+    def _settle(self, channel: Channel) -> Steps[None]:
+        """After the cancel is committed: see revision 0011. Workers do it too, seconds later."""
+        rows = yield Statement("list_canvas_jobs", {"id": self._id})
+        ids = "{" + ",".join(row[0] for row in rows) + "}"
+        yield Statement("settle_canvases", {"ids": ids})
 
 
 def _read_reason(reason: object) -> str | None:

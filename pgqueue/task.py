@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, update_wrapper
 from types import MappingProxyType
 from typing import (
@@ -22,9 +21,18 @@ from typing import (
     overload,
 )
 
+from pgqueue.canvas import Signature
 from pgqueue.codec import ArgumentCodec
 from pgqueue.context import Control, Request, TaskContext
-from pgqueue.database.connection import AsyncCaller, SyncCaller, recognise, recognise_async, recognise_sync
+from pgqueue.database.connection import (
+    AsyncCaller,
+    AsyncConnection,
+    SyncCaller,
+    SyncConnection,
+    recognise,
+    recognise_async,
+    recognise_sync,
+)
 from pgqueue.enqueue import Client
 from pgqueue.hooks import Hooks
 from pgqueue.job import JobRequest, new_id
@@ -70,50 +78,6 @@ class Application(Protocol):
     def default_limits(self) -> tuple[float | None, float | None]: ...
     def route(self, task_name: str) -> Route: ...
     def result_of(self, job_id: str) -> AsyncResult[Any]: ...
-
-
-class _SyncConnection(Protocol):
-    """Any accepted sync connection, to a type checker."""
-
-    def commit(self) -> None: ...
-
-
-class _AsyncConnection(Protocol):
-    """SQLAlchemy's and psycopg's async connections, to a type checker."""
-
-    def commit(self) -> Coroutine[Any, Any, None]: ...
-
-
-class _AsyncpgConnection(Protocol):
-    """asyncpg's, which commits through its transactions only."""
-
-    def is_in_transaction(self) -> bool: ...
-
-
-SyncConnection = _SyncConnection
-AsyncConnection = _AsyncConnection | _AsyncpgConnection
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """A call of a task that has not been made: a value to pass to `app.enqueue_many`.
-
-    Attributes:
-        task: The task's name.
-        args: Positional arguments, not yet encoded.
-        kwargs: Keyword arguments.
-        options: As for `apply_async`.
-    """
-
-    task: str
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def set(self, **options: Unpack[JobOptions]) -> Signature:
-        """A copy with these options, beside those it has."""
-        check_option_names("set", options)
-        return Signature(self.task, self.args, self.kwargs, {**self.options, **options})
 
 
 class Task(Generic[P, R]):
@@ -349,9 +313,15 @@ class Task(Generic[P, R]):
             return AsyncCalls(self, caller)
         return SyncCalls(self, caller)
 
-    def s(self, *args: Any, **kwargs: Any) -> Signature:
-        """This call as a value, for `app.enqueue_many`."""
-        return Signature(self.name, args, kwargs)
+    def s(self, *args: Any, **kwargs: Any) -> Signature[R]:
+        """This call as a value, for `chain`, `group`, `chord` and `app.enqueue_many`; the result of what it
+        waits for goes in front of these arguments.
+        """
+        return Signature(self.name, args, kwargs, app=self.app)
+
+    def si(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]:
+        """This call as a value that takes no result of what it waits for."""
+        return Signature(self.name, args, kwargs, app=self.app, immutable=True)
 
     def request_for(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
@@ -365,10 +335,23 @@ class Task(Generic[P, R]):
         return self.encode(args, kwargs, options)
 
     def encode(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        *,
+        canvas_id: str | None = None,
+        takes_result: bool = False,
     ) -> JobRequest:
-        """`request_for`, without asking hooks: this call is not made now."""
-        encoded = self.codec.encode(args, kwargs)
+        """`request_for`, without asking hooks: this call is not made now.
+
+        Args:
+            canvas_id: Of the canvas that the job belongs to.
+            takes_result: One more argument goes in front of these, when it is known.
+        """
+        encoded = (
+            self.codec.encode_behind(1, args, kwargs) if takes_result else self.codec.encode(args, kwargs)
+        )
         return build_request(
             self.name,
             *encoded,
@@ -379,19 +362,30 @@ class Task(Generic[P, R]):
             unique_until=self._options.get("unique_until"),
             limits=(self.soft_time_limit, self.time_limit),
             history=self.history,
+            canvas_id=canvas_id,
         )
 
     def _enqueue(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], options: Any, caller: SyncCaller | None
     ) -> AsyncResult[R]:
+        if "link" in options or "link_error" in options:
+            linked: AsyncResult[R] = self._signature(args, kwargs)._enqueue((), {}, options, caller)
+            return linked
         job_id = self._app.client.enqueue(self.request_for(args, kwargs, options), caller)
         return self._app.result_of(job_id)
 
     async def _aenqueue(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], options: Any, caller: AsyncCaller | None
     ) -> AsyncResult[R]:
+        if "link" in options or "link_error" in options:
+            linked: AsyncResult[R] = await self._signature(args, kwargs)._aenqueue((), {}, options, caller)
+            return linked
         job_id = await self._app.client.aenqueue(self.request_for(args, kwargs, options), caller)
         return self._app.result_of(job_id)
+
+    def _signature(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Signature[Any]:
+        check_arguments(self.name, args, kwargs)
+        return Signature(self.name, tuple(args), kwargs, app=self.app)
 
 
 class AsyncTask(Task[P, R]):

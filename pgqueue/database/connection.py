@@ -10,7 +10,7 @@ Nothing here commits, rolls back, flushes or changes a setting of the caller's c
 from __future__ import annotations
 
 import io
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
@@ -137,6 +137,28 @@ def sqlstate_of(error: BaseException) -> str | None:
             if isinstance(state, str):
                 return state
     return None
+
+
+class _SyncConnection(Protocol):
+    """Any accepted sync connection, to a type checker."""
+
+    def commit(self) -> None: ...
+
+
+class _AsyncConnection(Protocol):
+    """SQLAlchemy's and psycopg's async connections, to a type checker."""
+
+    def commit(self) -> Coroutine[Any, Any, None]: ...
+
+
+class _AsyncpgConnection(Protocol):
+    """asyncpg's, which commits through its transactions only."""
+
+    def is_in_transaction(self) -> bool: ...
+
+
+SyncConnection = _SyncConnection
+AsyncConnection = _AsyncConnection | _AsyncpgConnection
 
 
 class SyncCaller:

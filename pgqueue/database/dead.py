@@ -260,6 +260,8 @@ def _requeue_batch(session: Session, ids: list[str], by: str | None, reason: str
 
 
 def _why_not(row: Row) -> str:
+    if row["reason"] == "member_failed":
+        return "it waits for a job of its canvas that failed: requeue that one, and this comes back by itself"
     if row["id_is_live"]:
         return "a live job has the same id; wait until it has ended"
     if row["key_holder"]:

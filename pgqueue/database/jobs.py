@@ -117,6 +117,8 @@ def retry_job(
         state = dead.find_state(session, job_id)
     if state == "unknown":
         return "there is no such job: never committed, pruned, or in another database"
+    if state == "blocked":
+        return "it waits for other jobs of its canvas"
     if state in ("ready", "running"):
         return f"it is {state} already"
     return f"it has {state}; to do it once more, enqueue it anew"

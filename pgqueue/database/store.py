@@ -246,11 +246,13 @@ _BEFORE_COMMIT = {
     "rescue_jobs": "rescue_mid_batch",
     "promote_jobs": "promote_mid_batch",
     "fire_schedule": "tick_before_commit",
+    "settle_canvases": "settle_before_commit",
 }
 _ACKS = ("ack_finished", "ack_forgotten", "ack_retried", "ack_snoozed", "ack_dead", "release_jobs")
 _AFTER_COMMIT = {
     "claim_jobs": "claim_after_commit",
     "fire_schedule": "tick_after_commit",
+    "settle_canvases": "settle_after_commit",
     **dict.fromkeys(_ACKS, "ack_sent"),
 }
 
@@ -365,6 +367,7 @@ class Outcome(msgspec.Struct):
         uncertain: It was sent before and the answer was lost; finding nothing is no news then.
         queue: For `release`: who sleeps on it is to be told.
         history: For `finish`: False → nowhere.
+        canvas: The job belongs to a canvas: what waits for it is to be told of its end.
     """
 
     id: str
@@ -387,6 +390,12 @@ class Outcome(msgspec.Struct):
     uncertain: bool = False
     queue: str = ""
     history: bool = True
+    canvas: bool = False
+
+    @property
+    def settles(self) -> bool:
+        """Whether something may be waiting for this."""
+        return self.canvas and self.verb in ("finish", "bury")
 
 
 def ack_calls(outcomes: Iterable[Outcome], now: float) -> list[tuple[Call, list[Outcome]]]:

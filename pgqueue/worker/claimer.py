@@ -162,8 +162,8 @@ class Claimer:
 
     @property
     def unacked(self) -> int:
-        """Outcomes that the database has not confirmed."""
-        return len(self._acking) + len(self._dispatcher.outcomes)
+        """Outcomes that the database has not confirmed, or not passed on."""
+        return len(self._acking) + len(self._dispatcher.outcomes) + len(self._dispatcher.ended_nodes)
 
     def finish(self) -> None:
         """Let `run` end after the round it is in."""
@@ -241,7 +241,7 @@ class Claimer:
     def _due(self, now: float) -> bool:
         """Whether the outcomes should go now: many, or old, or nothing else would come."""
         outcomes = self._dispatcher.outcomes
-        if self._acking:
+        if self._acking or self._dispatcher.ended_nodes:
             return True
         if not outcomes:
             return False
@@ -305,6 +305,9 @@ class Claimer:
         batch = self._acking[: 2 * CLAIM_LIMIT]
         acks = ack_calls(batch, clock())
         groups: list[list[Call]] = [[call for call, _ in acks]] if acks else []
+        nodes = dispatcher.ended_nodes[:CLAIM_LIMIT] + [outcome.id for outcome in batch if outcome.settles]
+        if nodes:
+            groups.append([Call("settle_canvases", {"ids": "{" + ",".join(nodes) + "}"})])
         plan: Plan | None = None
         hint: bool | None = None
         worker = self._identity.id
@@ -324,6 +327,13 @@ class Claimer:
                 outcome.uncertain = True
             raise
         except GroupFailed as error:
+            if nodes and error.group == bool(acks):
+                # Not for ever: maintenance passes them on, and the claims must go on.
+                log.warning("canvas_not_settled nodes=%d error=%s", len(nodes), error)
+                self._forget_nodes(nodes)
+                if acks:
+                    self._acked(batch, acks, error.rows[0])
+                return
             if not acks or error.group > 0:
                 # Arguments of a few bytes may be a gigabyte as text: then claim without printing any.
                 self._bare = plan is not None and (error.blames_the_row or error.sqlstate == QUERY_CANCELED)
@@ -335,11 +345,27 @@ class Claimer:
         if acks:
             failpoint("ack_after_commit")
             self._acked(batch, acks, answers[0])
+        if nodes:
+            self._settled(nodes, answers[bool(acks)][0])
         if plan is not None:
             if hint is not None:
                 self._armed_at = now if hint else None
                 self._disarmed_at = self._disarmed_at if hint else now
             await self._claimed(plan, answers[-1][0], worker, now)
+
+    def _settled(self, nodes: list[str], rows: list[Row]) -> None:
+        """Forget what has been passed on; what it has released may be ours to claim."""
+        ((released, left_over),) = rows
+        self._forget_nodes(nodes)
+        if left_over is not None:
+            self._dispatcher.ended_nodes += left_over.strip("{}").split(",")
+        if released:
+            self.wake()
+
+    def _forget_nodes(self, nodes: list[str]) -> None:
+        if self._dispatcher.ended_nodes:
+            done = set(nodes)
+            self._dispatcher.ended_nodes = [node for node in self._dispatcher.ended_nodes if node not in done]
 
     def _hint(self, now: float) -> bool | None:
         """Arm the wake hint (True), disarm it (False), or leave it (None)."""
@@ -501,6 +527,7 @@ class Claimer:
                 outcome.uncertain = True
             raise
         kept = {id(outcome) for outcome in batch}
+        self._dispatcher.ended_nodes += [outcome.id for outcome in batch if outcome.settles]
         self._acking = [outcome for outcome in self._acking if id(outcome) in kept] + [
             outcome for outcome in self._acking if id(outcome) not in kept
         ]

@@ -19,13 +19,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
+from typing import Any
 
 import msgspec
 
 from pgqueue.config import MAX_CONCURRENCY
 from pgqueue.database.store import CLAIM_LIMIT, ClaimedJob, Outcome
 from pgqueue.errors import TimeLimitExceeded
-from pgqueue.job import OWN_HEADER, Progress
+from pgqueue.job import CANVAS, OWN_HEADER, Progress
 from pgqueue.retry import Again, Dead, RetryPolicy, crash_delay
 from pgqueue.worker.wire import (
     Board,
@@ -61,6 +62,7 @@ _UNKNOWN = TaskFacts()
 
 class _Own(msgspec.Struct):
     time_limit: float | None = None
+    canvas: Any = None
 
 
 class _Headers(msgspec.Struct):
@@ -153,6 +155,7 @@ class Dispatcher:
 
     Attributes:
         outcomes: What became of jobs, waiting to be acked.
+        ended_nodes: Ids of jobs of canvases whose end is committed, and not passed on.
         leaving: Executors that get no more jobs.
         most: Slots that may run jobs at a time; those of an executor that leaves count until their job has
             ended.
@@ -173,6 +176,7 @@ class Dispatcher:
         self.spare = 0
         self.executors: dict[int, Executor] = {}
         self.outcomes: list[Outcome] = []
+        self.ended_nodes: list[str] = []
         self.pace = Pace()
         self.tasks: Mapping[str, TaskFacts] = {}
         self.succeeded = self.failed = self.crashed = self.stale = 0
@@ -299,6 +303,8 @@ class Dispatcher:
         if isinstance(message, Succeeded):
             self.succeeded += 1
             if message.acked:
+                if _is_of_canvas(job):
+                    self.ended_nodes.append(job.id)
                 return None
             self.outcomes.append(
                 Outcome(
@@ -310,7 +316,8 @@ class Dispatcher:
                     result_error=message.result_error,
                     started=message.started,
                     finished=message.finished,
-                    history=self._facts(job.task).history,
+                    history=self._facts(job.task).history or _is_of_canvas(job),
+                    canvas=_is_of_canvas(job),
                 )
             )
             return None
@@ -480,11 +487,9 @@ class Dispatcher:
         """Seconds after which this job is killed: its own limit, or its task's; None or 0 for never."""
         if not self._limited:
             return None
-        if OWN_HEADER in job.headers:
-            with contextlib.suppress(msgspec.DecodeError, RecursionError):
-                limit = msgspec.json.decode(job.headers, type=_Headers).pgqueue.time_limit
-                if limit is not None:
-                    return limit
+        limit = _own(job).time_limit
+        if limit is not None:
+            return limit
         return self._facts(job.task).time_limit
 
     def take_back_stalled(self, now: float) -> None:
@@ -655,4 +660,22 @@ class Dispatcher:
         return self.tasks.get(task, _UNKNOWN)
 
     def _end(self, job: ClaimedJob, **facts: object) -> None:
-        self.outcomes.append(Outcome(job.id, job.attempt, job.worker, **facts))  # type: ignore[arg-type]
+        canvas = _is_of_canvas(job)
+        self.outcomes.append(
+            Outcome(job.id, job.attempt, job.worker, canvas=canvas, **facts)  # type: ignore[arg-type]
+        )
+
+
+_NOTHING = _Own()
+
+
+def _own(job: ClaimedJob) -> _Own:
+    """What travels with the job for us; nothing if it cannot be read."""
+    if OWN_HEADER in job.headers:
+        with contextlib.suppress(msgspec.DecodeError, RecursionError):
+            return msgspec.json.decode(job.headers, type=_Headers).pgqueue
+    return _NOTHING
+
+
+def _is_of_canvas(job: ClaimedJob) -> bool:
+    return CANVAS in job.headers and _own(job).canvas is not None

@@ -302,6 +302,7 @@ class Maintenance:
             if await self._link.call("fence_worker", worker=worker, heartbeat=counter):
                 log.warning("worker_fenced id=%s heartbeat=%d", worker, counter)
         await self.rescue()
+        await self.settle_canvases()
 
     def _prove(self, sent: float) -> None:
         """A heartbeat sent at that time has counted: others take our jobs a lease after they have seen it at
@@ -333,6 +334,24 @@ class Maintenance:
             total += taken
             if taken < RESCUE_BATCH:
                 return total
+
+    async def settle_canvases(self) -> None:
+        """Pass on ends that nobody has passed on: of jobs that were cancelled, deleted or rescued, or whose
+        worker was killed after its ack.
+        """
+        ids: str | None = None
+        while True:
+            try:
+                ((released, left_over),) = await self._link.call("settle_canvases", ids=ids)
+            except GroupFailed as error:
+                if error.sqlstate != _NOT_THERE:
+                    log.warning("canvas_not_settled nodes=all error=%s", error)
+                return
+            if released:
+                self._wake()
+            if left_over is None:
+                return
+            ids = left_over
 
     async def find_cancelled(self, now: float) -> None:
         """Hand on which of the jobs in hand somebody wants cancelled."""
@@ -399,6 +418,11 @@ class Maintenance:
         await self._tidy("delete_fenced_workers")
         await self._tidy("prune_dead_letters_by_rules", days=config.retention_dead_letters)
         await self._tidy("prune_audit_log", days=config.retention_audit)
+        await self._tidy(
+            "prune_canvases",
+            finished_days=config.retention_finished,
+            dead_letters_days=config.retention_dead_letters,
+        )
 
     async def walk_history(self, now: float) -> None:
         """A step over a day of history of which only some rows are past their retention, if there is one."""

@@ -232,7 +232,11 @@ def lines_of(path: tuple[str, ...], command: click.Command) -> Iterator[Line]:
         if argument.required:
             # The first one that is missing is named.
             yield Line((*path,), names=arguments[0].make_metavar(click.Context(command)))
-        for value in ("", "7", f"{JOB}0") if "job_id" in str(argument.name) else TEXTS[str(argument.name)]:
+        for value in (
+            ("", "7", f"{JOB}0")
+            if str(argument.name).removesuffix("s").endswith("_id")
+            else TEXTS[str(argument.name)]
+        ):
             yield Line((*path, "--", value))
 
 
@@ -581,6 +585,8 @@ JOB_OPTION_VALUES: Mapping[str, Sequence[tuple[str, str]]] = {
                    (r"'\ud800'", "ValueError")),
     "on_conflict": (("'ignore'", "ValueError"), ("5", "ValueError"), ("True", "ValueError")),
     "unique_until": (("'success'", "ValueError"), ("5", "ValueError")),
+    "link": (("5", "TypeError"), ("'tasks.send'", "TypeError"), ("[send]", "TypeError")),
+    "link_error": (("5", "TypeError"), ("[None]", "TypeError")),
     "soft_time_limit": (("-1", "ValueError"), ("'5'", "TypeError"), ("True", "TypeError"), ("float('nan')", "ValueError")),
     "time_limit": (("-1", "ValueError"), ("'5'", "TypeError"), ("timedelta(1)", "TypeError"), (BIG, "ValueError")),
 }  # fmt: skip
@@ -738,7 +744,8 @@ CALLS: Mapping[str, Sequence[tuple[str, str, str]]] = {
         ("app.enqueue_many('send')", "TypeError", "'s'"),
         ("app.enqueue_many([1])", "TypeError", "1"),
         ("app.enqueue_many([send])", "TypeError", "send"),
-        ("app.enqueue_many(send.s(1))", "TypeError", "Signature"),
+        ("app.enqueue_many(send.s(1))", "TypeError", "send(1)"),
+        ("app.enqueue_many([send.s(1).link(send.si(1))])", "ValueError", "link"),
         ("app.enqueue_many([send.delay])", "TypeError", "delay"),
         ("app.enqueue_many([send.s(1), send.s('x')])", "PayloadError", "'x'"),
         ("app.enqueue_many([send.s(1), send.s()])", "TypeError", "order_id"),
@@ -753,6 +760,36 @@ CALLS: Mapping[str, Sequence[tuple[str, str, str]]] = {
         ("app.enqueue_many([send.s(1)], 5)", "UnsupportedConnection", "int"),
         ("app.enqueue_many([send.s(1)], connection=autocommit)", "NotInTransaction", "autocommit"),
         ("asyncio.run(app.aenqueue_many([1]))", "TypeError", "1"),
+    ),
+    "Canvas": (
+        ("chain()", "ValueError", "step"),
+        ("chain(send)", "TypeError", "send"),
+        ("chain(send.s(1), 5)", "TypeError", "5"),
+        ("chain('send', 'send').delay()", "TypeError", "'send'"),
+        ("group().delay()", "ValueError", "s(...)"),
+        ("group([send.s(1), None])", "TypeError", "None"),
+        ("group(send.s(1), on_member_failure='ignore')", "ValueError", "ignore"),
+        ("chord([send.s(1)]).delay()", "TypeError", "body"),
+        ("chord([send.s(1)], 5)", "TypeError", "5"),
+        ("chord(5, send.s())", "TypeError", "5"),
+        ("(send.s(1) | 5)", "TypeError", "5"),
+        ("chain(send.s(1), group()).delay()", "ValueError", "group"),
+        ("chain(send.s(1), send.s(2, 3)).delay()", "TypeError", "too many"),
+        ("chain(send.s('x'), send.s()).delay()", "PayloadError", "'x'"),
+        ("chain(send.s(1), send.s()).apply_async(qeue='a')", "TypeError", "queue"),
+        ("chain(send.s(1), send.s()).apply_async(job_id='7')", "ValueError", "job_id"),
+        ("chain(send.s(1), send.s().set(unique_key='a')).delay()", "ValueError", "unique_key"),
+        ("chain(send.s(1), send.s()).apply_async(5)", "TypeError", "5"),
+        ("chain(send.s(1), send.s()).apply_async(connection=5)", "UnsupportedConnection", "int"),
+        ("chain(send.s(1), send.s()).on(autocommit).delay()", "NotInTransaction", "autocommit"),
+        ("chain(Signature('a'), Signature('b')).delay()", "ValueError", "app.signature"),
+        ("send.s(1).link(5)", "TypeError", "5"),
+        ("send.s(1).link_error(chain(send.s(1))).delay()", "TypeError", "link_error"),
+        ("send.apply_async([1], link=5)", "TypeError", "5"),
+        ("app.signature('a b')", "ValueError", "a b"),
+        ("app.signature('a', 5)", "TypeError", "5"),
+        ("app.CanvasResult('7')", "ValueError", "'7'"),
+        ("app.CanvasResult(uuid4()).get(timeout=0)", "TimeoutError", "unknown"),
     ),
     "task.on(…)": (
         ("send.on(None)", "UnsupportedConnection", "None"),
@@ -938,6 +975,13 @@ STATEMENTS: Mapping[str, Sequence[tuple[str, str, str]]] = {
         ("pgqueue.wake_workers('a')", "InvalidTextRepresentation", "a"),
         ("pgqueue.wake_workers(ARRAY[1])", "UndefinedFunction", ""),
         ("pgqueue.wake_workers('{a}', 'soon')", "InvalidDatetimeFormat", "soon"),
+    ),
+    "Canvases": (
+        ("pgqueue.cancel_canvas('7')", "InvalidTextRepresentation", "7"),
+        ("pgqueue.prune_canvases('-1 day', '1 day')", "", "-1 day"),
+        ("pgqueue.prune_canvases('1 day', NULL)", "", "NULL"),
+        (f"pgqueue.enqueue_canvas_nodes('{JOB}', '[]')", "ObjectNotInPrerequisiteState", JOB),
+        ("pgqueue.settle_canvases('7')", "InvalidTextRepresentation", "7"),
     ),
     "Other functions": (
         ("pgqueue.id_floor('7')", "InvalidTextRepresentation", "7"),

@@ -32,8 +32,7 @@ from psycopg.types.datetime import TimestamptzLoader
 from psycopg.types.json import set_json_loads
 
 import pgqueue
-from pgqueue import PgQueue
-from pgqueue.task import Signature
+from pgqueue import PgQueue, Signature
 
 T = TypeVar("T")
 Row = dict[str, Any]

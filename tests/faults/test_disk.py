@@ -18,8 +18,7 @@ import psutil
 import psycopg
 import pytest
 
-from pgqueue import PgQueue
-from pgqueue.task import Signature
+from pgqueue import PgQueue, Signature
 from tests.acceptance.workers import Jobs, Worker, Workers, eventually
 from tests.faults.network import require
 from tests.faults.report import Report

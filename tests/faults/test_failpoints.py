@@ -18,9 +18,9 @@ IN_PRODUCERS = ("enqueue_before_commit", "enqueue_after_commit")
 IN_EXECUTORS = ("job_received", "body_before", "body_after")
 IN_TRANSACTIONS = ("transaction_before_commit", "transaction_after_commit")
 IN_SCHEDULERS = ("tick_before_commit", "tick_after_commit")
-IN_SUPERVISORS = tuple(
-    name for name in FAILPOINTS if name not in IN_PRODUCERS + IN_EXECUTORS + IN_TRANSACTIONS + IN_SCHEDULERS
-)
+IN_CANVASES = ("settle_before_commit", "settle_after_commit")
+ELSEWHERE = IN_PRODUCERS + IN_EXECUTORS + IN_TRANSACTIONS + IN_SCHEDULERS + IN_CANVASES
+IN_SUPERVISORS = tuple(name for name in FAILPOINTS if name not in ELSEWHERE)
 FROZEN_AT = ("claim_before_commit", "claim_after_commit", "ack_sent", "ack_after_commit")
 WITH_CONNECTION = ("claim_before_commit", "claim_after_commit", "ack_sent", "promote_mid_batch")
 

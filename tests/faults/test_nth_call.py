@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 import psycopg
 import pytest
 
-from pgqueue import PgQueue
+from pgqueue import PgQueue, Signature
 from pgqueue.errors import EnqueueUncertain, PgQueueError
 from pgqueue.job import new_id
-from pgqueue.task import Signature
 from tests.acceptance.workers import Jobs, Worker, Workers, eventually
 from tests.faults.nth_call_proxy import SQLSTATES, Fault, How, NthCallProxy, proxied
 

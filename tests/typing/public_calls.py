@@ -168,8 +168,8 @@ async def in_the_callers_transaction_from_a_coroutine(
 
 
 def as_values() -> None:
-    assert_type(plain.s(1), Signature)  # may be partial: checked when it is enqueued
-    assert_type(plain.s().set(priority=9, countdown=5), Signature)
+    assert_type(plain.s(1), Signature[str])  # may be partial: checked when it is enqueued
+    assert_type(plain.s().set(priority=9, countdown=5), Signature[str])
     assert_type(app.enqueue_many(plain.s(n) for n in range(10)), list[str])
 
 

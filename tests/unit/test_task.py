@@ -274,13 +274,13 @@ class TestRequestOfACall:
             ("routing_key", "'routing_key' (it is called queue here)"),
             ("exchange", "'exchange' (it is called queue here)"),
             ("retry", "'retry' (a lost connection is repeated by itself)"),
-            ("link", "'link' (enqueue the next job at the end of the task)"),
             ("ignore_result", "'ignore_result' (it is an option of the task)"),
             ("countdwon", "'countdwon' (did you mean countdown?)"),
             (
                 "zzz",
-                "'zzz' (known are correlation_id, countdown, eta, expires, headers, job_id, max_retries,"
-                " on_conflict, priority, queue, soft_time_limit, tags, time_limit, unique_key, unique_until)",
+                "'zzz' (known are correlation_id, countdown, eta, expires, headers, job_id, link, link_error,"
+                " max_retries, on_conflict, priority, queue, soft_time_limit, tags, time_limit, unique_key,"
+                " unique_until)",
             ),
         ],
     )
@@ -298,8 +298,8 @@ class TestRequestOfACall:
             assert str(caught.value) == f"{call}() got an unknown option {hint}"
 
     def test_all_unknown_options_are_named(self, note: Any) -> None:
-        with pytest.raises(TypeError, match=r"'task_id' .*, 'link' "):
-            note.apply_async((1,), task_id=1, link=2)
+        with pytest.raises(TypeError, match=r"'task_id' .*, 'exchange' "):
+            note.apply_async((1,), task_id=1, exchange=2)
 
     def test_arguments_are_checked_at_the_call(self, note: Any) -> None:
         with pytest.raises(TypeError, match="missing a required argument"):
@@ -311,14 +311,25 @@ class TestRequestOfACall:
 
 
 class TestSignature:
-    def test_it_is_a_value(self, note: Any) -> None:
+    def test_it_is_compared_by_what_it_says(self, note: Any) -> None:
         one = note.s(1, text="x")
         assert one == Signature("tests.note", (1,), {"text": "x"})
-        two = one.set(queue="q").set(priority=1)
-        assert one.options == {}
-        assert two.options == {"queue": "q", "priority": 1}
-        with pytest.raises(AttributeError):
-            one.task = "other"  # type: ignore[misc]
+        assert one != note.s(1, text="y")
+        assert one != note.si(1, text="x")
+        assert repr(one) == "tests.note(1, text='x')"
+
+    def test_set_changes_it_as_in_celery(self, note: Any) -> None:
+        one = note.s(1)
+        assert one.set(queue="q").set(priority=1) is one
+        assert one.options == {"queue": "q", "priority": 1}
+
+    def test_a_clone_is_another_one(self, note: Any) -> None:
+        one = note.s(2, text="x").set(queue="q").link(note.si(3))
+        other = one.clone((1,), {"text": "y"}).set(queue="r")
+        assert other.args == (1, 2)
+        assert other.kwargs == {"text": "y"}
+        assert one.options == {"queue": "q"}
+        assert other.links == one.links == [note.si(3)]
 
 
 class TestOptions:

@@ -17,6 +17,8 @@ Grant = tuple[str, str, str]
 """What a role needs: `table`, `sequence` or `function`, its name, and the right."""
 
 ENQUEUE: Final = ("enqueue", "enqueue_many", "replace_job", "wake_workers")
+ENQUEUE_CANVASES: Final = ("enqueue_canvas", "enqueue_canvas_nodes")
+LOOK: Final = ("id_floor", "canvas_state", "canvas_value", "canvas_fault")
 OPERATE: Final[dict[str, tuple[str, ...]]] = {
     "dead_letters": ("UPDATE", "DELETE"),
     "jobs": ("INSERT", "UPDATE", "DELETE"),
@@ -26,6 +28,7 @@ OPERATE: Final[dict[str, tuple[str, ...]]] = {
 }
 OPERATE_FUNCTIONS: Final = (
     *("wake_workers", "cancel", "pause_queue", "resume_queue", "requeue", "purge_dead_letters"),
+    *("cancel_canvas", "settle_canvases"),
     *(
         "note_schedule_act",
         "tell_schedulers",
@@ -86,6 +89,7 @@ def check_privileges(visit: Visit) -> Seen:
 
 _WITHOUT: Final = {
     "enqueue": "producers need that; others do not",
+    "enqueue canvases": "producers of chains, groups and chords need that; others do not",
     "look": "inspect, doctor and lists need that: most checks are skipped",
     "operate": "requeueing, pausing, purging and schedules need that; a producer or a worker does not",
     "work": "workers need that; others do not",
@@ -97,12 +101,14 @@ def _needs(visit: Visit, grants: Row) -> dict[str, set[Grant]]:
     tables = [table.name for table in metadata_for(visit.schema).tables.values()]
     functions, relations = grants["functions"], grants["relations"]
     views = {VERSION_TABLE, *blueprint(visit.schema, head_revision()).views}
-    look = {("table", name, "SELECT") for name in (*tables, *views)} | {("function", "id_floor", "EXECUTE")}
+    look = {("table", name, "SELECT") for name in (*tables, *views)}
+    look |= {("function", name, "EXECUTE") for name in LOOK}
     sequence = ("sequence", "jobs_position_seq", "USAGE")
     operate = {("table", name, right) for name, rights in OPERATE.items() for right in rights}
     work = {("table", name, right) for name in tables for right in ("SELECT", "INSERT", "UPDATE", "DELETE")}
     needs: dict[str, set[Grant]] = {
         "enqueue": {("function", name, "EXECUTE") for name in ENQUEUE},
+        "enqueue canvases": {("function", name, "EXECUTE") for name in (*ENQUEUE, *ENQUEUE_CANVASES)},
         "look": look,
         "operate": look
         | operate

@@ -1,14 +1,15 @@
 -- Move dead letters back to jobs, with a note in the audit log for each. The attempt stays: it only ever grows. They are
 -- placed at the end of their lanes in the order they were once enqueued, but inserted in the order of their unique keys,
--- so that two batches that share keys wait for each other instead of deadlocking.
+-- so that two batches that share keys wait for each other instead of deadlocking. A job that could not run because another
+-- of its canvas failed is not moved: it comes back by itself when that one has succeeded; before, it lacks results.
 -- Locks: the dead_letters rows, in id order, skipping held ones; then the new jobs rows. Index: dead_letters_pkey.
--- Rows: one for each letter it got hold of; not moved: another live job has its id or its unique key. No row: there is no
+-- Rows: one for each letter it got hold of; not moved: see above, or another live job has its id or its unique key. No row: there is no
 -- such letter, or somebody else is just moving or deleting it.
 WITH picked AS MATERIALIZED (
     SELECT * FROM {schema}.dead_letters WHERE id = ANY (%(ids)s::uuid[]) ORDER BY id FOR UPDATE SKIP LOCKED
 ), placed AS MATERIALIZED (
     SELECT *, nextval('{schema}.jobs_position_seq') AS position
-    FROM (SELECT * FROM picked ORDER BY enqueued_at, id) AS in_turn
+    FROM (SELECT * FROM picked WHERE reason <> 'member_failed' ORDER BY enqueued_at, id) AS in_turn
 ), moved AS (
     INSERT INTO {schema}.jobs (id, state, queue, task, args, kwargs, priority, position, attempt, max_retries, enqueued_at,
         enqueued_by, unique_key, headers)
