@@ -25,6 +25,7 @@ _COMMANDS = {
     "enqueue": "pgqueue.cli.enqueue:enqueue",
     "inspect": "pgqueue.cli.inspect:inspect",
     "job": "pgqueue.cli.job:job",
+    "canvas": "pgqueue.cli.canvas:canvas",
     "dead": "pgqueue.cli.dead:dead",
     "queue": "pgqueue.cli.queue:queue",
     "audit": "pgqueue.cli.audit:audit",
