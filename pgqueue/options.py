@@ -100,6 +100,14 @@ _CELERY_TASK_OPTIONS: Final = {
     "store_errors_even_if_ignored": "errors are always kept",
     "serializer": "arguments are always JSON",
     "compression": "Postgres compresses large arguments",
+    "acks_on_failure": "a job that failed is retried or kept as a dead letter",
+    "acks_on_failure_or_timeout": "a job that failed is retried or kept as a dead letter",
+    "acks_on_timeout": "a job that failed is retried or kept as a dead letter",
+    "reject_on_worker_lost": "it is called on_crash here",
+    "retry_on_worker_lost": "deaths of a process are counted apart, see max_crashes",
+    "pydantic": "annotated pydantic models are validated and rebuilt, always",
+    "send_events": "there are no events: the tables say what happens",
+    "delivery_mode": "a job is a row, and as durable as your data",
     "default_retry_max": "it is called retry_backoff_max here",
     "routing_key": "it is called queue here",
     "exchange": "it is called queue here",
@@ -109,7 +117,7 @@ _CELERY_TASK_OPTIONS: Final = {
     "rate_limit": "limit a queue's rate by the concurrency of the workers that serve it",
     "track_started": "a running job's state is running, always",
     "trail": "a job knows who enqueued it",
-    "throws": "a failure is logged by the worker that saw it",
+    "throws": "a failed run is a row in failures, not a line in the log",
 }
 
 
@@ -187,9 +195,15 @@ _CELERY_JOB_OPTIONS: Final = {
     "ignore_result": "it is an option of the task",
     "serializer": "arguments are always JSON",
     "compression": "Postgres compresses large arguments",
-    "producer": "pass a connection",
+    "producer": "pass a connection instead",
     "delay": "it is called countdown here",
     "run_at": "it is called eta here",
+    "expiration": "it is called expires here",
+    "parent_id": "a job belongs to what enqueued it by its correlation_id",
+    "root_id": "a job belongs to what enqueued it by its correlation_id",
+    "shadow": "a job is found by its tags",
+    "stamped_headers": "a job is found by its tags; other values go into headers",
+    "publisher": "pass a connection instead",
 }
 
 
