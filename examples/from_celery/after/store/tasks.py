@@ -1,0 +1,79 @@
+"""What the store does in the background."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fpdf import FPDF
+from pgqueue import SoftTimeLimitExceeded, TaskContext
+from sqlalchemy import func, select
+
+from .database import Email, Order, Session, Total
+from .queue_app import queue_app
+
+
+class WarehouseBusy(Exception):
+    """It asks to be called again."""
+
+
+@queue_app.task(bind=True, autoretry_for=(ConnectionError,), retry_backoff=True, max_retries=5)
+def send_email(self: TaskContext, order_id: int, recipient: str) -> str:
+    if recipient.startswith("busy.") and self.request.retries == 0:
+        raise ConnectionError("the mail server is busy")
+    with Session() as session:
+        session.add(Email(order_id=order_id, recipient=recipient, retries=self.request.retries))
+        session.commit()
+    return f"order {order_id} confirmed to {recipient}"
+
+
+@queue_app.task
+def write_invoice(order_id: int) -> str:
+    with Session() as session:
+        order = session.get_one(Order, order_id)
+        text = f"Order {order.id}: {order.cents / 100:.2f} EUR"
+    try:
+        return str(print_pdf(order_id, text))
+    except SoftTimeLimitExceeded:
+        return "too slow"
+
+
+@queue_app.task(bind=True, max_retries=20, default_retry_delay=1)
+def ship(self: TaskContext, order_id: int) -> bool:
+    try:
+        call_warehouse(order_id, calls=self.request.retries)
+    except WarehouseBusy as busy:
+        raise self.retry(exc=busy, countdown=1) from busy
+    with Session() as session:
+        session.get_one(Order, order_id).shipped = True
+        session.commit()
+    return True
+
+
+@queue_app.task
+def refund(order_id: int) -> None:
+    raise LookupError(f"order {order_id} was never paid")
+
+
+@queue_app.task(ignore_result=True)
+@queue_app.periodic(every=float(os.environ.get("ADD_UP_EVERY", "3600")))
+def add_up() -> None:
+    with Session() as session:
+        count, cents = session.execute(select(func.count(), func.coalesce(func.sum(Order.cents), 0))).one()
+        session.add(Total(orders=count, cents=cents))
+        session.commit()
+
+
+def print_pdf(order_id: int, text: str) -> Path:
+    document = FPDF()
+    document.add_page()
+    document.set_font("helvetica", size=16)
+    document.cell(text=text)
+    path = Path(os.environ.get("INVOICES", ".")) / f"invoice-{order_id}.pdf"
+    document.output(str(path))
+    return path
+
+
+def call_warehouse(order_id: int, calls: int) -> None:
+    if calls == 0:
+        raise WarehouseBusy(f"order {order_id}: call again")
