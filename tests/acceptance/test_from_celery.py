@@ -1,0 +1,331 @@
+"""The store of examples/from_celery: on Celery, on pgqueue, and the recipe that makes one of the other.
+
+The same orders go through both, over HTTP, with the workers of each: Celery's with a broker in a folder, so
+that nothing has to be installed for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema
+import psutil
+import psycopg
+import pytest
+import yaml
+
+from tests.acceptance.test_compose import SCHEMA
+from tests.acceptance.workers import PACKAGE, eventually, living
+from tests.unit.test_docs import blocks
+
+EXAMPLE = PACKAGE / "examples" / "from_celery"
+PAGE = PACKAGE / "docs" / "moving-from-celery.md"
+
+
+def copy_of(store: str, folder: Path) -> Path:
+    """One of the two, without what running it has left there."""
+    target = folder / store
+    shutil.copytree(
+        EXAMPLE / store, target, ignore=shutil.ignore_patterns("__pycache__", ".*_cache", "*.pdf")
+    )
+    return target
+
+
+def block_of_the_page(language: str, words: str) -> str:
+    """The first code block in this language with these words in it."""
+    found = blocks(PAGE.read_text(encoding="utf-8"), language)
+    return next(block for block in found if words in block)
+
+
+def follow_recipe(store: Path) -> None:
+    """Do to the store what the page says, in the shell."""
+    place = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "MOVE": str(EXAMPLE)}
+    done = subprocess.run(
+        ["bash", "-euc", block_of_the_page("sh", "celery-to-pgqueue.sed")],
+        cwd=store,
+        env=place,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_recipe_makes_one_of_the_other(tmp_path: Path) -> None:
+    made = copy_of("before", tmp_path)
+    follow_recipe(made)
+    wanted = copy_of("after", tmp_path)
+    files = {path.relative_to(wanted).as_posix() for path in wanted.rglob("*") if path.is_file()}
+    assert {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()} == files
+    _, different, unreadable = filecmp.cmpfiles(made, wanted, sorted(files), shallow=False)
+    assert different + unreadable == []
+    assert len(files) > 6
+
+
+@pytest.mark.parametrize("store", ["before", "after"])
+def test_its_compose_file_follows_the_specification(store: str) -> None:
+    document = yaml.safe_load((EXAMPLE / store / "docker-compose.yml").read_text())
+    jsonschema.validate(document, SCHEMA, cls=jsonschema.Draft202012Validator)
+
+
+@dataclass
+class Store:
+    """A running one."""
+
+    folder: Path
+    url: str
+    logs: list[Path]
+
+    def call(self, method: str, path: str, **body: Any) -> Any:
+        answer = httpx.request(method, f"{self.url}{path}", json=body or None, timeout=20)
+        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer.json()
+
+    def ended(self, job: str) -> Any:
+        """What the web application says of a job, once it has ended."""
+
+        def look() -> Any:
+            found = self.call("GET", f"/jobs/{job}")
+            return found if found["ready"] else None
+
+        return eventually(look, f"job {job} ends")
+
+
+class Processes:
+    """Programs of a store, which are gone with it."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self._folder = folder
+        self._environment = environment
+        self._started: list[subprocess.Popen[bytes]] = []
+        self.logs: list[Path] = []
+
+    def start(self, *command: str) -> None:
+        log = self._folder.parent / f"{self._folder.name}-{len(self._started)}.log"
+        self.logs.append(log)
+        with log.open("wb") as output:
+            self._started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", *command],
+                    cwd=self._folder,
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+
+    def run(self, *command: str) -> None:
+        subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=self._folder,
+            env=self._environment,
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+    def close(self) -> None:
+        """Ask them to stop, the last started first; kill what does not."""
+        family: list[psutil.Process] = []
+        for process in reversed(self._started):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family += psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+        late = []
+        for process in self._started:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                late.append(process.args)
+                process.kill()
+                process.wait()
+        for log in self.logs:
+            print(f"--- {log.name}\n{log.read_text(errors='replace')[-8000:]}")
+        for each in living(family):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        assert late == [], "did not stop"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def on_celery(processes: Processes) -> None:
+    app = ("celery", "-A", "store.celery_app")
+    processes.start(*app, "worker", "-c", "2", "-Q", "celery,pdf", "-l", "INFO", "--without-mingle")
+    processes.start(*app, "beat", "-l", "INFO", "--max-interval", "1", "-s", "schedule.db")
+
+
+def on_pgqueue(processes: Processes) -> None:
+    processes.run("pgqueue.cli.main", "migrate")
+    app = ("pgqueue.cli.main", "-A", "store.queue_app:queue_app")
+    processes.start(*app, "worker", "-c", "2", "-Q", "default,pdf")
+
+
+def environment_of(folder: Path, dsn: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PGQUEUE_", "PG"))}
+    broker = folder / "broker"
+    (folder / "invoices").mkdir()
+    for each in ("messages", "control", "results"):
+        (broker / each).mkdir(parents=True)
+    return inherited | {
+        "PYTHONPATH": str(PACKAGE),
+        "DATABASE_URL": dsn.replace("postgresql://", "postgresql+psycopg://"),
+        "PGQUEUE_DSN": dsn,
+        "BROKER_URL": "filesystem://",
+        "BROKER_OPTIONS": json.dumps(
+            {
+                "data_folder_in": str(broker / "messages"),
+                "data_folder_out": str(broker / "messages"),
+                "control_folder": str(broker / "control"),
+            }
+        ),
+        "RESULT_BACKEND": f"file://{broker / 'results'}",
+        "INVOICES": str(folder / "invoices"),
+        "ADD_UP_EVERY": "1",
+    }
+
+
+@contextlib.contextmanager
+def running(folder: Path, dsn: str, workers: Callable[[Processes], None]) -> Iterator[Store]:
+    """The store with its web application and its workers."""
+    processes = Processes(folder, environment_of(folder.parent, dsn))
+    try:
+        processes.run("store.database")
+        workers(processes)
+        port = free_port()
+        processes.start("uvicorn", "store.web:web", "--port", str(port), "--log-level", "warning")
+        url = f"http://127.0.0.1:{port}"
+
+        def answers() -> bool:
+            with contextlib.suppress(httpx.HTTPError):
+                return httpx.get(f"{url}/totals").is_success
+            return False
+
+        eventually(answers, "the web application answers")
+        yield Store(folder, url, processes.logs)
+    finally:
+        processes.close()
+
+
+@pytest.fixture(params=["before", "after", "before, by the recipe"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, fresh_dsn: str) -> Iterator[Store]:
+    name, _, moved = request.param.partition(", ")
+    folder = copy_of(name, tmp_path)
+    if moved:
+        follow_recipe(folder)
+    workers = on_celery if request.param == "before" else on_pgqueue
+    with running(folder, fresh_dsn, workers) as store:
+        yield store
+
+
+@pytest.mark.timeout(180)
+def test_the_same_orders_go_through_both(store: Store) -> None:
+    order = store.call("POST", "/orders", email="busy.ann@example.org", cents=4200)
+    other = store.call("POST", "/orders", email="bob@example.org", cents=100)
+    ends = {name: store.ended(job) for name, job in order["jobs"].items()}
+    assert all(end["successful"] for end in ends.values()), ends
+    # Retried: by itself after an error that autoretry_for names, and by self.retry().
+    assert store.call("GET", f"/orders/{order['id']}") == {
+        "shipped": True,
+        "emails": [["busy.ann@example.org", 1]],
+    }
+    assert ends["email"]["result"] == f"order {order['id']} confirmed to busy.ann@example.org"
+    assert ends["shipping"]["result"] is True
+    # In a queue of its own.
+    assert Path(ends["invoice"]["result"]).read_bytes().startswith(b"%PDF")
+
+    assert all(store.ended(job)["successful"] for job in other["jobs"].values())
+    assert store.call("GET", f"/orders/{other['id']}")["emails"] == [["bob@example.org", 0]]
+
+    # Failed.
+    refund = store.ended(store.call("POST", f"/orders/{order['id']}/refund")["job"])
+    assert (refund["failed"], refund["successful"]) == (True, False)
+    assert f"order {order['id']} was never paid" in refund["result"]
+
+    # Again and again.
+    eventually(lambda: store.call("GET", "/totals") >= 2, "two totals")
+
+
+def test_an_order_that_is_rolled_back_has_no_jobs(tmp_path: Path, fresh_dsn: str) -> None:
+    """What moving is for."""
+    folder = copy_of("after", tmp_path)
+    processes = Processes(folder, environment_of(tmp_path, fresh_dsn))
+    processes.run("store.database")
+    processes.run("pgqueue.cli.main", "migrate")
+    lost = (
+        "from store.tasks import send_email\nfrom store.database import Order, Session\n"
+        "with Session.begin() as session:\n"
+        "    session.add(order := Order(email='a@b.c', cents=1))\n    session.flush()\n"
+        "    send_email.on(session).delay(order.id, order.email)\n"
+    )
+    (folder / "kept.py").write_text(lost)
+    (folder / "lost.py").write_text(f"{lost}    raise SystemExit(0)\n")
+    with psycopg.connect(fresh_dsn, autocommit=True) as connection:
+        count = "select (select count(*) from orders), (select count(*) from pgqueue.jobs)"
+        processes.run("lost")
+        assert connection.execute(count).fetchone() == (0, 0)
+        processes.run("kept")
+        assert connection.execute(count).fetchone() == (1, 1)
+
+
+def test_what_is_left_in_the_old_queue_is_handed_on_once(tmp_path: Path, fresh_dsn: str) -> None:
+    old, new = copy_of("before", tmp_path), copy_of("after", tmp_path)
+    environment = environment_of(tmp_path, fresh_dsn)
+    (old / "enqueue.py").write_text(
+        "from store.database import Order, Session\nfrom store.tasks import send_email, write_invoice\n"
+        "from store.celery_app import celery_app\n"
+        "with Session.begin() as session:\n"
+        "    session.add(Order(email='a@b.c', cents=1))\n"
+        "mail = send_email.delay(1, 'a@b.c')\n"
+        "send_email.apply_async((1, 'a@b.c'), task_id=mail.id)  # delivered twice\n"
+        "later = write_invoice.apply_async(kwargs={'order_id': 1}, countdown=1)\n"
+        "open('ids', 'w').write(f'{mail.id} {later.id}')\n"
+    )
+    (new / "store" / "forward.py").write_text(block_of_the_page("python", "# store/forward.py"))
+    shutil.copy(old / "store" / "settings.py", new / "store")
+    before, after = Processes(old, environment), Processes(new, environment)
+    before.run("store.database")
+    before.run("enqueue")
+    ids = (old / "ids").read_text().split()
+    try:
+        on_pgqueue(after)
+        command = block_of_the_page("sh", "store.forward").split()
+        after.start(*command, "--without-mingle", "-l", "INFO")
+        with psycopg.connect(fresh_dsn, autocommit=True) as connection:
+
+            def states() -> list[Any]:
+                return connection.execute(
+                    "select id::text, state, queue from pgqueue.all_jobs where task <> 'store.tasks.add_up'"
+                    " order by id = %s desc",
+                    [ids[0]],
+                ).fetchall()
+
+            wanted = [(ids[0], "succeeded", "default"), (ids[1], "succeeded", "pdf")]
+            eventually(lambda: states() == wanted, "both jobs have run")
+            log = after.logs[-1]
+            eventually(
+                lambda: log.read_text().count("store.tasks.send_email[") >= 4, "both messages are handed on"
+            )
+            assert states() == wanted
+            assert connection.execute("select count(*) from emails").fetchone() == (1,)
+    finally:
+        after.close()
