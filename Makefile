@@ -73,10 +73,10 @@ test-fast: install ## unit and integration tests only
 test-faults: install tools ## the whole fault suite (20 minutes); writes its table into docs/reliability.md
 	PGQUEUE_WRITE_DOCS=1 $(PYTEST) tests/faults -m "slow or not slow" $(PYTEST_ARGS)
 
-# Programs that some tests of faults use, and the Debian packages that bring them.
-TOOLS := ip:iproute2 iptables:iptables faketime:faketime pgbouncer:pgbouncer strace:strace unshare:util-linux
+# Programs that some tests use, most of them tests of faults, and the Debian packages that bring them.
+TOOLS := ip:iproute2 iptables:iptables faketime:faketime patch:patch pgbouncer:pgbouncer strace:strace unshare:util-linux
 .PHONY: tools
-tools: ## install the programs that tests of faults use, as root on Debian; elsewhere say which are missing
+tools: ## install the programs that some tests use, as root on Debian; elsewhere say which are missing
 	@missing=""; \
 	for tool in $(TOOLS); do \
 	  PATH="$$PATH:/usr/sbin:/sbin" command -v "$${tool%%:*}" >/dev/null || missing="$$missing $${tool##*:}"; \

@@ -376,11 +376,8 @@ def tables() -> Iterator[str]:
 
 
 def own_name(row: Row) -> str:
-    """What a row without a text has, where it is not called as in Celery."""
-    if row.claim.startswith("cli:"):
-        return f"`{row.claim.removeprefix('cli:').split()[-1]}`"
-    ours = re.split(r"[.:]", row.claim)[-1]
-    return f"`{ours}`"
+    """What a row without a text has: the name that it has in Celery."""
+    return ", ".join(f"`{name.split()[-1]}`" for name in row.names)
 
 
 def written(text: str) -> str:
