@@ -12,8 +12,11 @@ s/^from celery import shared_task$/from .queue_app import queue_app/
 # Tasks.
 s/@shared_task/@queue_app.task/
 s/self: Task(\[[^]]*\])?/self: TaskContext/
+s/(acks_late|reject_on_worker_lost|track_started|store_errors_even_if_ignored|trail)=(True|False), //g
 s/(, )?(acks_late|reject_on_worker_lost|track_started|store_errors_even_if_ignored|trail)=(True|False)//g
+s/serializer="json", //g
 s/(, )?serializer="json"//g
+s/self\.request\.hostname/self.request.worker/g
 
 # Calls and results.
 s/task_id=/job_id=/g

@@ -10,6 +10,7 @@ import contextlib
 import filecmp
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,9 +28,10 @@ import psycopg
 import pytest
 import yaml
 
+from pgqueue.cli.main import cli
 from tests.acceptance.test_compose import SCHEMA
 from tests.acceptance.workers import PACKAGE, eventually, living
-from tests.unit.test_docs import blocks
+from tests.unit.test_docs import blocks, parse
 
 EXAMPLE = PACKAGE / "examples" / "from_celery"
 PAGE = PACKAGE / "docs" / "moving-from-celery.md"
@@ -75,10 +77,72 @@ def test_the_recipe_makes_one_of_the_other(tmp_path: Path) -> None:
     assert len(files) > 6
 
 
+@pytest.mark.parametrize(
+    ("celery", "pgqueue"),
+    [
+        ("from celery import shared_task", "from .queue_app import queue_app"),
+        ("from celery.result import AsyncResult", "from pgqueue import AsyncResult"),
+        ("from celery.exceptions import Reject", "from pgqueue import Reject"),
+        ("@shared_task(bind=True, acks_late=True)", "@queue_app.task(bind=True)"),
+        ("@celery_app.task(acks_late=True, bind=True)", "@queue_app.task(bind=True)"),
+        ('@shared_task(serializer="json", track_started=True)', "@queue_app.task()"),
+        ('@shared_task(max_retries=5, serializer="json")', "@queue_app.task(max_retries=5)"),
+        ("def send(self: Task, order: int) -> None:", "def send(self: TaskContext, order: int) -> None:"),
+        ("send.apply_async((1,), task_id=key)", "send.apply_async((1,), job_id=key)"),
+        ('celery_app.AsyncResult(key).revoke(terminate=True, signal="SIGKILL")',
+         "queue_app.AsyncResult(key).cancel()"),
+        ("job.revoke()", "job.cancel()"),
+        ("log(self.request.hostname)", "log(self.request.worker)"),
+        ("celery>=5.6", "pgqueue"),
+        ("celery[redis,msgpack]==5.7.0", "pgqueue"),
+        ("celery-types", "celery-types"),
+        ("flower==2.0", ""),
+    ],
+)  # fmt: skip
+def test_a_line_by_search_and_replace(celery: str, pgqueue: str) -> None:
+    script = str(EXAMPLE / "celery-to-pgqueue.sed")
+    done = subprocess.run(
+        ["sed", "-E", "-f", script],
+        input=f"{celery}\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    assert done.stdout.rstrip("\n") == pgqueue
+
+
+def test_every_rule_is_tried(tmp_path: Path) -> None:
+    """A rule that changes no line of the tests or of the store is one that nobody has seen working."""
+    script = (EXAMPLE / "celery-to-pgqueue.sed").read_text()
+    rules = [line for line in script.splitlines() if line and not line.startswith("#")]
+    own = Path(__file__).read_text()
+    cases = re.findall(r"^        \(['\"](.+?)['\"],(?: ['\"]|$)", own, re.MULTILINE)
+    store = [
+        path.read_text() for path in copy_of("before", tmp_path).rglob("*") if path.suffix in (".py", ".txt")
+    ]
+    lines = "\n".join([*cases, *store])
+    idle = [
+        rule
+        for rule in rules
+        if subprocess.run(
+            ["sed", "-E", rule], input=lines, capture_output=True, text=True, check=True, timeout=20
+        ).stdout
+        == lines
+    ]
+    assert idle == []
+    assert len(rules) >= 15
+
+
 @pytest.mark.parametrize("store", ["before", "after"])
 def test_its_compose_file_follows_the_specification(store: str) -> None:
     document = yaml.safe_load((EXAMPLE / store / "docker-compose.yml").read_text())
     jsonschema.validate(document, SCHEMA, cls=jsonschema.Draft202012Validator)
+    lines = [service.get("command", "").split() for service in document["services"].values()]
+    ours = [line[1:] for line in lines if line[:1] == ["pgqueue"]]
+    for line in ours:
+        parse(cli, line)
+    assert len(ours) == (2 if store == "after" else 0)
 
 
 @dataclass

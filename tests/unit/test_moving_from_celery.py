@@ -23,6 +23,7 @@ from typing import Any, get_args
 from uuid import uuid4
 
 import celery
+import celery.states
 import click
 import pytest
 
@@ -31,6 +32,7 @@ from pgqueue import AsyncResult, PgQueue, Request, TaskContext
 from pgqueue.cli.main import cli
 from pgqueue.config import Config
 from pgqueue.hooks import HookName
+from pgqueue.job import FINISHED_STATES, LIVE_STATES
 from pgqueue.options import _CELERY_JOB_OPTIONS, _CELERY_TASK_OPTIONS, JOB_OPTIONS, TASK_OPTIONS
 from tests.unit.celery_names import names
 from tests.unit.test_docs import parse
@@ -433,6 +435,33 @@ def test_commands_in_the_tables_parse() -> None:
         except click.UsageError as error:
             problems.append(f"{found}: {error.format_message()}")
     assert problems == []
+
+
+def section_of_the_page(heading: str) -> list[list[str]]:
+    """The rows of the table under a heading."""
+    text = PAGE.read_text(encoding="utf-8").partition(f"### {heading}\n")[2].partition("\n##")[0]
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) > 4, heading
+    return rows[2:]
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`(\w+)[^`]*`", text)
+
+
+def test_settings_of_the_recipe_are_celerys() -> None:
+    named = {name for row in section_of_the_page("4. Settings") for name in quoted(row[0])}
+    assert named - set(celerys()["Settings"]) == set()
+    assert len(named) > 15
+
+
+def test_states_are_those_of_both() -> None:
+    rows = section_of_the_page("States")
+    theirs = [name for row in rows for name in quoted(row[0])]
+    assert sorted(theirs) == sorted({*celery.states.ALL_STATES})
+    ours = {name for row in rows for name in quoted(row[1])}
+    pending = set() if HAS_CANVAS else {"blocked"}
+    assert ours - pending == {*LIVE_STATES, *FINISHED_STATES, "dead", "unknown"}
 
 
 def test_python_of_the_page_names_what_is_there() -> None:
