@@ -61,9 +61,12 @@ PENDING_CANVAS = {
     "py:PgQueue.CanvasResult",
     "py:PgQueue.signature",
     "py:Signature.apply_async",
+    "py:Signature.clone",
     "py:Signature.delay",
+    "py:Signature.immutable",
     "py:Signature.link",
     "py:Signature.link_error",
+    "py:Signature.on_error",
     "py:Task.si",
     "`pgqueue canvas show ID`",
     "`pgqueue canvas show`",
@@ -232,7 +235,7 @@ def accepts_call_option(name: str) -> bool:
 
     if name in ("args", "kwargs", "connection"):
         return name in inspect.signature(send.apply_async).parameters
-    value = send.s() if name.startswith("link") else SAMPLES.get(name, 5)
+    value = getattr(send, "si", send.s)() if name.startswith("link") else SAMPLES.get(name, 5)
     with app.eager():
         try:
             options: dict[str, Any] = {name: value}
