@@ -112,11 +112,15 @@ test-pg16: install ## make test's tests on PostgreSQL 16, from the wheel
 bench: install ## measure how fast a worker drains a queue
 	$(BIN)/python benchmarks/drain.py
 
+.PHONY: docs
+docs: install ## build docs/ as a site into site/; a warning is an error
+	$(BIN)/zensical build --strict --clean
+
 .PHONY: lock
 lock: ## write requirements.lock from pyproject.toml (UPGRADE=1 takes newer versions)
 	$(call bootstrap,lock)
 
 .PHONY: clean
 clean: ## remove .venv, caches and build output
-	rm -rf $(VENV) .venv.lock build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
+	rm -rf $(VENV) .venv.lock build dist site .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
