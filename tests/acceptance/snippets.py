@@ -12,10 +12,11 @@ A comment above a block says what is special about it:
     <!-- snippet: rolled back -->        SQL that leaves nothing behind
     <!-- snippet: output of COMMAND -->  what this command prints; `…` stands for anything
 
-Python whose first line is `# name.py` becomes that file, and is imported. In `console` blocks the lines without
-`$` are what the command before them prints; in Python `# -> …` is what was printed, in SQL lines of `-- … | …` are
-the rows that there are in the end. Commands that serve (a worker, a server, `--watch`) run in the background until
-the page ends; another worker takes the place of the one before, and what a server says to export is exported.
+Python whose first line is `# name.py` becomes that file, and is imported. In `console` blocks the lines
+without `$` are what the command before them prints; in Python `# -> …` is what was printed, in SQL lines of
+`-- … | …` are the rows that there are in the end. Commands that serve (a worker, a server, `--watch`) run in
+the background until the page ends; another worker takes the place of the one before, and what a server says
+to export is exported.
 """
 
 from __future__ import annotations
@@ -61,12 +62,15 @@ _BLOCK = re.compile(
     r"(?P<comments>(?:^<!-- snippet: [^\n]* -->\n)*)^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-_COMMENT = re.compile(r"^<!-- snippet: (?P<word>exempt|parsed|raises|then|status|worker|rolled|output|file)(?P<rest>.*) -->$")
+_COMMENT = re.compile(
+    r"^<!-- snippet: (?P<word>exempt|parsed|raises|then|status|worker|rolled|output|file)(?P<rest>.*) -->$"
+)
 _ROW = re.compile(r"^--(.*\|.*)$", re.MULTILINE)
 _REMARK = re.compile(r"(^|\s+)#\s.*$")
 _FILE = re.compile(r"# (?P<name>\w+)\.py\n")
 _SERVES = re.compile(r"\bpgqueue\b.* worker\b(?!.*--help)|--watch\b|^python server\.py$")
 _WORKER = re.compile(r"\bpgqueue\b.* worker\b")
+_ONE_COMMAND = re.compile(r"pgqueue (?:[^'|&;<>$`]|'[^']*')*")
 _TARGET = re.compile(r"[a-z_]\w*(\.\w+)*(:\w+)?")
 
 
@@ -114,7 +118,9 @@ def snippets(page: str, text: str | None = None) -> list[Snippet]:
         heading = headings[-1] if headings else ""
         found.append(Snippet(page, line, match["language"], match["code"], heading, notes))
     # A fence that the pattern does not see would be a block that nobody runs.
-    assert len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)) == 2 * len(found), f"{page}: a fence is not read"
+    assert len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)) == 2 * len(found), (
+        f"{page}: a fence is not read"
+    )
     return found
 
 
@@ -140,9 +146,34 @@ def commands(snippet: Snippet) -> list[Command]:
 
 
 def as_printed(page: str) -> re.Pattern[str]:
-    """What the page shows, as a pattern: `…` is anything, and so is how many blanks there are between words."""
+    """What the page shows, as a pattern: `…` is anything, and blanks are as many as you like."""
     words = [re.escape(word).replace("…", ".*?") for word in page.split()]
     return re.compile(r"\s+".join(words), re.DOTALL)
+
+
+class Commands:
+    """`pgqueue`, already imported: see `snippet_commands`."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.acceptance.snippet_commands"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, argv: list[str], cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {"argv": argv, "cwd": str(cwd), "env": dict(env)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        status, out, err = json.loads(self._process.stdout.readline())
+        return subprocess.CompletedProcess(argv, status, out, err)
+
+    def close(self) -> None:
+        self._process.communicate(timeout=20)
 
 
 class Place:
@@ -151,16 +182,35 @@ class Place:
     Args:
         addresses: What stands in the pages for the reader's own database and ports, and what is here instead.
         roles: Database roles that SQL blocks which are rolled back may name.
+        commands: Where its commands run; None: in the shell, as the installed program.
     """
 
-    def __init__(self, folder: Path, dsn: str, addresses: Mapping[str, str], roles: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dsn: str,
+        addresses: Mapping[str, str],
+        *,
+        roles: tuple[str, ...] = (),
+        commands: Commands | None = None,
+    ) -> None:
         self.folder = folder
         self.dsn = dsn
         self._addresses = addresses
         self._roles = roles
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PGQUEUE_", "PG"))}
+        self._commands = commands
+        inherited = {
+            key: value for key, value in os.environ.items() if not key.startswith(("PGQUEUE_", "PG"))
+        }
         path = os.pathsep.join([str(_tools(folder)), str(Path(sys.executable).parent), inherited["PATH"]])
-        self.env = {**inherited, "PATH": path, "PGQUEUE_DSN": dsn, "CHECKOUT": str(ROOT), "COLUMNS": "200", "HOME": str(folder)}
+        self.env = {
+            **inherited,
+            "PATH": path,
+            "PGQUEUE_DSN": dsn,
+            "CHECKOUT": str(ROOT),
+            "COLUMNS": "200",
+            "HOME": str(folder),
+        }
         self.cwd = folder
         self._kernel: subprocess.Popen[str] | None = None
         self._services: list[tuple[str, subprocess.Popen[bytes], Path]] = []
@@ -171,7 +221,7 @@ class Place:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for _, process, log in self._services:
+        for _, process, log in reversed(self._services):
             self._stop(process)
             if kind is not None:
                 print(f"--- {log.name}\n{log.read_text(errors='replace')}")
@@ -192,7 +242,9 @@ class Place:
         if "worker" in snippet.notes:
             self.serve(f"pgqueue -A {snippet.notes['worker']} worker -c 1", [])
         if "output" in snippet.notes:
-            self.shell(Command(snippet.notes["output"].removeprefix("of "), snippet.code.splitlines()), snippet)
+            self.shell(
+                Command(snippet.notes["output"].removeprefix("of "), snippet.code.splitlines()), snippet
+            )
         elif snippet.language == "python":
             self.python(snippet)
         elif snippet.language in ("sh", "console"):
@@ -257,10 +309,14 @@ class Place:
             page = self.here("\n".join(command.printed))
             # What a block of its own shows may be a part; a console shows all.
             look = re.Pattern.search if "output" in snippet.notes else re.Pattern.fullmatch
-            assert look(as_printed(page), (done.stdout + done.stderr).strip()), f"{said}\nthe page says\n{page}"
+            assert look(as_printed(page), (done.stdout + done.stderr).strip()), (
+                f"{said}\nthe page says\n{page}"
+            )
 
     def _shell(self, line: str) -> subprocess.CompletedProcess[str]:
         """Run a line; what it exports, and where it goes, holds for the next one."""
+        if self._commands is not None and _ONE_COMMAND.fullmatch(line):
+            return self._commands.run(shlex.split(line), self.cwd, self.env)
         state = self.folder / ".shell"
         state.unlink(missing_ok=True)
         script = f"{line}\nstatus=$?; {{ pwd; env -0; }} > {shlex.quote(str(state))}; exit $status"
@@ -384,7 +440,8 @@ def _tools(folder: Path) -> Path:
         f"#!{sys.executable}\nimport re, sys\n"
         f"command, requirement = sys.argv[1:]\n"
         f"found = re.fullmatch(r'(?:\\S*/)?pgqueue(?:\\[([a-z,]+)\\])?', requirement)\n"
-        f"sys.exit(not (command == 'install' and found and set((found[1] or 'demo').split(',')) <= {extras!r}))\n"
+        f"extras = set(found[1].split(',')) if found and found[1] else set()\n"
+        f"sys.exit(not (command == 'install' and found and extras <= {extras!r}))\n"
     )
     pip.chmod(0o755)
     return tools
@@ -432,7 +489,7 @@ def _yaml(code: str) -> None:
 
 
 def _pod(spec: dict[str, Any]) -> None:
-    """The part of a Kubernetes pod that the page shows: names that are used are there, and the probes are ours."""
+    """The part of a Kubernetes pod that the page shows: what it names is there, and the probes are ours."""
     assert spec["terminationGracePeriodSeconds"] > Config().shutdown_timeout
     (container,) = spec["containers"]
     parse(cli, container["args"])

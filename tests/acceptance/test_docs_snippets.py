@@ -5,24 +5,37 @@ How is in `snippets`; what a page takes for granted is in PRELUDES.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+import click
+import jsonschema
 import psycopg
 import pytest
 
 from pgqueue.database.migrate import upgrade
-from tests.acceptance.snippets import EXEMPT, PAGES, ROOT, Place, Snippet, as_printed, free_port, snippets
+from tests.acceptance.snippets import (
+    EXEMPT,
+    PAGES,
+    ROOT,
+    Commands,
+    Place,
+    Snippet,
+    as_printed,
+    free_port,
+    snippets,
+)
+from tests.acceptance.snippets import commands as commands_of
+from tests.integration.test_sql_page import QUERIES
 
 THE_JOB = "01890a5d-ac96-774b-bcce-b302099a8057"
 """The id in examples: a dead letter, before each block."""
 
-ELSEWHERE = {("docs/sql.md", "Questions and answers"): "tests/integration/test_sql_page.py"}
-"""Sections whose blocks another test runs: page, heading, test."""
+ELSEWHERE = {("docs/sql.md", "Questions and answers"): QUERIES}
+"""Sections whose blocks another test runs: page, heading, what that test has found there."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,7 @@ class Prelude:
         orders: There is a table `orders`.
         python: Run before its first block, with the database's address filled in.
         roles: Of the database, which its grants name.
+        installed: Its commands are run as the installed program, not in a process that has imported it.
         dead: A dead letter THE_JOB of `shop.send_email` is there before each block.
     """
 
@@ -41,6 +55,7 @@ class Prelude:
     orders: bool = False
     python: str = ""
     roles: tuple[str, ...] = ()
+    installed: bool = False
     dead: bool = False
 
 
@@ -80,6 +95,7 @@ idle.execute("select 1")
 
 PRELUDES = {
     "README.md": Prelude(orders=True),
+    "docs/quickstart.md": Prelude(installed=True),
     "docs/tasks.md": Prelude(python=HELPERS),
     "docs/workers.md": Prelude(shop=True, python=HELPERS),
     "docs/transactions.md": Prelude(shop=True, orders=True, roles=("web",), python=CONNECTIONS),
@@ -131,13 +147,22 @@ ALL = [snippet for page in PAGES for snippet in snippets(page)]
 RUN_HERE = [snippet for snippet in ALL if not elsewhere(snippet)]
 
 
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    commands = Commands()
+    yield commands
+    commands.close()
+
+
 @pytest.mark.parametrize("page", sorted({snippet.page for snippet in RUN_HERE}))
-def test_a_page_runs_from_top_to_bottom(postgres: Any, tmp_path: Path, page: str) -> None:
+def test_a_page_runs_from_top_to_bottom(postgres: Any, commands: Commands, tmp_path: Path, page: str) -> None:
     prelude = PRELUDES.get(page, Prelude())
     database = postgres.create_database()
     try:
         upgrade(database.dsn)
-        with Place(tmp_path, database.dsn, addresses(database.dsn), prelude.roles) as place:
+        there = None if prelude.installed else commands
+        dsn = database.dsn
+        with Place(tmp_path, dsn, addresses(dsn), roles=prelude.roles, commands=there) as place:
             prepare(place, prelude)
             for snippet in RUN_HERE:
                 if snippet.page == page and snippet.way != "exempt":
@@ -169,9 +194,92 @@ def bury(dsn: str) -> None:
         connection.execute("delete from pgqueue.jobs where id = %s", [THE_JOB])
         connection.execute("delete from pgqueue.finished_jobs where id = %s", [THE_JOB])
         connection.execute(
-            "insert into pgqueue.dead_letters (id, task, queue, dead_letter_queue, reason, args, kwargs, priority,"
-            " attempt, retries, crashes, rescues, enqueued_at, enqueued_by, headers, error_class, error_message)"
-            " values (%s, 'shop.send_email', 'email', 'failed_emails', 'retries_exhausted', '[1, \"a@b.c\"]', '{}',"
-            " 5, 4, 3, 0, 0, now(), 'web', '{}', 'SMTPServerDisconnected', 'timed out') on conflict do nothing",
+            "insert into pgqueue.dead_letters (id, task, queue, dead_letter_queue, reason, args, kwargs,"
+            " priority, attempt, retries, crashes, rescues, enqueued_at, enqueued_by, headers, error_class,"
+            " error_message) values (%s, 'shop.send_email', 'email', 'failed_emails', 'retries_exhausted',"
+            " '[1, \"a@b.c\"]', '{}', 5, 4, 3, 0, 0, now(), 'web', '{}', 'SMTPServerDisconnected',"
+            " 'timed out') on conflict do nothing",
             [THE_JOB],
         )
+
+
+def test_every_block_is_accounted_for() -> None:
+    ways = Counter(snippet.way for snippet in RUN_HERE)
+    not_run = [f"{each}: {each.notes['exempt']}" for each in RUN_HERE if each.way == "exempt"]
+    print(dict(ways), f"{len(ALL) - len(RUN_HERE)} by other tests", *not_run, sep="\n")
+    assert {each.notes["exempt"] for each in RUN_HERE if each.way == "exempt"} <= set(EXEMPT)
+    assert ways["exempt"] <= 6
+    assert ways["validated"] <= 14
+    assert ways["executed"] >= 75
+    assert [each.code for each in ALL if elsewhere(each)] == [query.sql for query in QUERIES]
+
+
+def test_python_that_runs_is_not_only_parsed() -> None:
+    """`parsed` is for commands that take long, not a way around running things."""
+    parsed = [line.line.split()[0] for each in ALL if "parsed" in each.notes for line in commands_of(each)]
+    assert set(parsed) <= {"make", "python", "PGQUEUE_NEMESIS_SECONDS=600"}
+
+
+WRONG = {
+    "Python that raises": "```python\n1 / 0\n```\n",
+    "Python that raises something else": "<!-- snippet: raises KeyError -->\n```python\n1 / 0\n```\n",
+    "Python that does not raise": "<!-- snippet: raises KeyError -->\n```python\n1\n```\n",
+    "an import that is not there": "```python\nfrom pgqueue import nothing\n```\n",
+    "another thing printed": "```python\nprint(1)   # -> 2\n```\n",
+    "a call that fails": "<!-- snippet: then f(1) -->\n```python\ndef f(): ...\n```\n",
+    "a module that cannot be imported": "```python\n# wrong.py\nimport no_such_module\n```\n",
+    "a command that is wrong": "```sh\npgqueue inspect nothing\n```\n",
+    "a command that fails": "```sh\npgqueue dead show 01890a5d-ac96-774b-bcce-b302099a8057\n```\n",
+    "a program that is not there": "```sh\nno-such-program\n```\n",
+    "another output": "```console\n$ echo one\ntwo\n```\n",
+    "more output than shown": "```console\n$ echo one two\none\n```\n",
+    "a worker that does not start": "```sh\npgqueue -A no_such_module:app worker\n```\n",
+    "SQL that is wrong": "```sql\nSELECT no_such_column FROM pgqueue.jobs;\n```\n",
+    "an extra that is not there": "```sh\npip install 'pgqueue[nothing]'\n```\n",
+    "a target that is not there": "<!-- snippet: parsed -->\n```sh\nmake nothing-of-the-kind\n```\n",
+    "an option that is not there": "<!-- snippet: parsed -->\n```sh\npython benchmarks/drain.py -f\n```\n",
+    "tests that are not there": "<!-- snippet: parsed -->\n```sh\npython -m pytest tests/nothing.py\n```\n",
+    "an unknown key of Compose": "```yaml\nhealthcheck:\n  test: [CMD, pgqueue]\n  intervall: 1\n```\n",
+    "an unknown group": '```toml\n[project.entry-points."pgqueue.task"]\nshop = "shop"\n```\n',
+    "a unit without a program": "```ini\n[Unit]\n[Service]\nExecStart=/bin/true\n[Install]\n```\n",
+    "a block in no language": "```\nSELECT 1\n```\n",
+}
+
+
+WRONG_ENDS = (KeyError, click.UsageError, jsonschema.ValidationError, psycopg.Error)
+
+
+@pytest.mark.parametrize("text", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_seen(db: str, commands: Commands, tmp_path: Path, text: str) -> None:
+    (snippet,) = snippets("a page", text)
+    with (
+        Place(tmp_path, db, addresses(db), commands=commands) as place,
+        pytest.raises((AssertionError, *WRONG_ENDS)),
+    ):
+        place.run(snippet)
+
+
+def test_rows_are_compared(db: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.acceptance.snippets.PATIENCE", 0)
+    right, wrong = snippets(
+        "a page", "```sql\nSELECT 1, NULL;\n-- 1 |\n```\n```sql\nSELECT 1, 2;\n-- 1 | 3\n```\n"
+    )
+    with Place(tmp_path, db, addresses(db)) as place:
+        place.run(right)
+        with pytest.raises(AssertionError, match="the page says"):
+            place.run(wrong)
+
+
+def test_a_comment_that_says_nothing_is_seen() -> None:
+    with pytest.raises(AssertionError, match="none of those"):
+        snippets("a page", "<!-- snippet: skip -->\n```sh\npgqueue ping\n```\n")
+
+
+def test_a_block_that_is_not_read_is_seen() -> None:
+    with pytest.raises(AssertionError, match="a fence is not read"):
+        snippets("a page", "- a list\n\n  ```sh\n  pgqueue nonsense\n  ```\n")
+
+
+def test_what_varies_may_vary() -> None:
+    assert as_printed("order 1,  job …").fullmatch("order 1, job 0189-ab")
+    assert not as_printed("order 1, job …").fullmatch("order 2, job 0189-ab")
