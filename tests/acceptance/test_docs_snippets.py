@@ -84,6 +84,16 @@ settings.configure(DATABASES={"default": {
 }})
 import django
 django.setup()
+
+import psycopg
+from shop import app
+
+def credit_after(task, cents):
+    with psycopg.connect("postgresql://localhost/shop") as connection, app.eager():
+        connection.execute("create table customers (id bigint, credit bigint)")
+        connection.execute("insert into customers values (1, 100)")
+        task.on(connection).delay(1, cents)
+        return connection.execute("select credit from customers").fetchone()[0]
 """
 
 IDLE = """

@@ -17,9 +17,10 @@ from pgqueue.cli.main import cli
 from pgqueue.config import PREFIX, Config
 from pgqueue.database import migrate
 from pgqueue.failpoints import FAILPOINTS
+from pgqueue.job import DEAD_REASONS, FINISHED_STATES, LIVE_STATES
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPERATIONS = ROOT / "docs" / "operations.md"
 
 _BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -206,6 +207,32 @@ def test_every_page_is_linked_from_the_readme() -> None:
 def test_every_failpoint_is_in_reliability() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     assert dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|$", text, re.MULTILINE)) == FAILPOINTS
+
+
+def test_the_glossary_is_in_order_and_has_every_state() -> None:
+    words, states, others = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").split("\n## ")
+    listed = [word.strip("`") for word in re.findall(r"^\| ([^|]+) \|", words, re.MULTILINE)][1:]
+    assert listed == sorted(listed, key=lambda word: word.replace("-", " "))
+    assert set(re.findall(r"^\| `(\w+)`", states, re.MULTILINE)) == {
+        *LIVE_STATES,
+        *FINISHED_STATES,
+        "dead",
+        "unknown",
+    }
+    ours = {
+        word
+        for cell in re.findall(r" \| ([^|(]+?)(?: \([^|]*)? \|$", others, re.MULTILINE)[1:]
+        for word in cell.split(", ")
+    }
+    assert {word.removesuffix("s") for word in ours} <= {
+        word.split(", ")[0].removesuffix("s") for word in listed
+    }
+
+
+def test_every_reason_for_a_dead_letter_is_in_retries() -> None:
+    text = (ROOT / "docs" / "retries.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## What is dead\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == list(DEAD_REASONS)
 
 
 def test_the_checks_see_something() -> None:

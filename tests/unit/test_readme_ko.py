@@ -80,8 +80,9 @@ class Section:
 
     @property
     def mark(self) -> str:
-        """What the Korean section names this text by."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:10]
+        """What the Korean section names this text by; where its lines are broken does not matter."""
+        words = " ".join(_COMMENT.sub("", self.text).split())
+        return hashlib.sha256(words.encode()).hexdigest()[:10]
 
 
 def sections(text: str) -> list[Section]:
