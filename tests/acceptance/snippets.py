@@ -82,7 +82,7 @@ class Snippet:
     line: int
     language: str
     code: str
-    heading: str
+    section: str
     notes: Mapping[str, str]
 
     def __str__(self) -> str:
@@ -113,10 +113,10 @@ def snippets(page: str, text: str | None = None) -> list[Snippet]:
             note = _COMMENT.match(comment)
             assert note is not None, f"{page}: {comment} is none of those that {__name__} names"
             notes[note["word"]] = note["rest"].strip()
-        headings = re.findall(r"^#+ (.+)$", _BLOCK.sub("", text[: match.start()]), re.MULTILINE)
+        headings = re.findall(r"^##? (.+)$", _BLOCK.sub("", text[: match.start()]), re.MULTILINE)
         line = text.count("\n", 0, match.start("code")) + 1
-        heading = headings[-1] if headings else ""
-        found.append(Snippet(page, line, match["language"], match["code"], heading, notes))
+        section = headings[-1] if headings else ""
+        found.append(Snippet(page, line, match["language"], match["code"], section, notes))
     # A fence that the pattern does not see would be a block that nobody runs.
     assert len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)) == 2 * len(found), (
         f"{page}: a fence is not read"
