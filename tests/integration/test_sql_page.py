@@ -121,3 +121,13 @@ def test_task_stats_and_failures_say_the_numbers(shop: psycopg.Connection[dict[s
     summary = {row["task"]: row for row in shop.execute("select * from pgqueue.failure_summary").fetchall()}
     assert (summary["shop.charge"]["attempts"], summary["shop.charge"]["dead"]) == (1, 1)
     assert (summary["shop.send_email"]["jobs"], summary["shop.send_email"]["dead"]) == (1, 0)
+
+
+def test_the_signature_is_the_functions(shop: psycopg.Connection[dict[str, Any]]) -> None:
+    (shown,) = re.findall(r"^pgqueue\.enqueue\((.*?)\) RETURNS uuid$", PAGE.read_text("utf-8"), re.M | re.S)
+    row = shop.execute("select pg_get_function_arguments('pgqueue.enqueue'::regproc) as arguments").fetchone()
+    assert row is not None
+    has = re.sub(r"::[a-z ]+", "", row["arguments"].replace("timestamp with time zone", "timestamptz"))
+    ours, _, library = has.replace(" DEFAULT ", " = ").rpartition(", ")
+    assert " ".join(shown.split()) == ours
+    assert library.startswith("new_id ")
