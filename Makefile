@@ -115,6 +115,7 @@ bench: install ## measure how fast a worker drains a queue
 .PHONY: docs
 docs: install ## build docs/ as a site into site/; a warning is an error
 	$(BIN)/zensical build --strict --clean
+	@echo "open site/index.html; the search needs a server: python3 -m http.server -d site"
 
 .PHONY: lock
 lock: ## write requirements.lock from pyproject.toml (UPGRADE=1 takes newer versions)
