@@ -34,7 +34,10 @@ from tests.integration.test_sql_page import QUERIES
 THE_JOB = "01890a5d-ac96-774b-bcce-b302099a8057"
 """The id in examples: a dead letter, before each block."""
 
-ELSEWHERE = {"docs/sql.md#Questions and answers": "tests/integration/test_sql_page.py"}
+ELSEWHERE = {
+    "docs/moving-from-celery.md": "tests/acceptance/test_from_celery.py",
+    "docs/sql.md#Questions and answers": "tests/integration/test_sql_page.py",
+}
 """Pages, or sections of them, whose blocks another test runs."""
 
 
@@ -112,6 +115,7 @@ PRELUDES = {
     "docs/retries.md": Prelude(shop=True, dead=True, python=HELPERS),
     "docs/schedules.md": Prelude(),
     "docs/hooks.md": Prelude(shop=True),
+    "docs/canvas.md": Prelude(dead=True),
     "docs/doctor.md": Prelude(shop=True, python=IDLE),
     "docs/operations.md": Prelude(shop=True, dead=True, roles=("worker", "operator")),
     "docs/sql.md": Prelude(orders=True),
