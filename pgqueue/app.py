@@ -155,7 +155,11 @@ class PgQueue:
     @cached_property
     def config(self) -> Config:
         """The settings, with `PGQUEUE_*` variables filled in; fixed from the first look on."""
-        return Config.load(os.environ, **self._settings)
+        return self.read_config()
+
+    def read_config(self, **changes: Any) -> Config:
+        """The settings as they are now, with these changed; unlike `config` this fixes nothing."""
+        return Config.load(os.environ, **{**self._settings, **changes})
 
     @property
     def dsn(self) -> str:
@@ -401,6 +405,20 @@ class PgQueue:
             yield
         finally:
             self._eager = before
+
+    @contextmanager
+    def standing_in(self, config: Config, client: Client) -> Iterator[None]:
+        """In the block the application has these settings and enqueues with this client, whatever it was
+        given and has opened: for tests.
+        """
+        own = {name: value for name, value in vars(self).items() if name in ("config", "_client")}
+        self.__dict__.update(config=config, _client=client)
+        try:
+            yield
+        finally:
+            for name in ("config", "_client"):
+                del self.__dict__[name]
+            self.__dict__.update(own)
 
     # Made anew each time: what an application holds must not hold the application, whose connections are
     # closed as soon as nobody has it.

@@ -121,6 +121,18 @@ class ArgumentCodec:
             {key: _decode(*plan.kwargs[key], value) for key, value in keywords.items()},
         )
 
+    def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by the names of their parameters, however they are passed; not all need be there.
+
+        Raises:
+            TypeError: No call with these arguments is possible.
+        """
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        rest = [name for name, each in self._signature.parameters.items() if each.kind is each.VAR_KEYWORD]
+        for name in rest:
+            bound.update(bound.pop(name, {}))
+        return dict(bound)
+
     def _plan(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Plan:
         """Find out how these arguments bind; whether they do depends on their number and names only."""
         if isinstance(args, (str, bytes)):

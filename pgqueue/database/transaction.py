@@ -98,6 +98,12 @@ class _Transactions:
         self._connection: Any = None
         self._engine: Any = None
 
+    def finish(self) -> None:
+        """Close the connection, without awaiting."""
+        connection, self._connection, self._engine = self._connection, None, None
+        if connection is not None:
+            connection.pgconn.finish()
+
     def _options(self) -> dict[str, Any]:
         options = connect_options(self._dsn, application_name="pgqueue transaction")
         return {"row_factory": tuple_row, **options}

@@ -145,6 +145,14 @@ class Body:
         except BaseException as error:
             return _shapeless(job, started, error, task)
 
+    def close(self) -> None:
+        """Let go of its connections and of its event loop; it can run no more jobs."""
+        for transactions in (self._transactions, self._async_transactions):
+            if transactions is not None:
+                transactions.finish()
+        if self._runner is not None:
+            self._runner.close()
+
     def _prepare(self, job: Job, task: Task[Any, Any]) -> _Call:
         args, kwargs = task.codec.decode(job.args, job.kwargs)
         failpoint("body_before")

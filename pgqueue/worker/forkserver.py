@@ -185,7 +185,8 @@ def _without_wakeups() -> Iterator[None]:
         signal.set_wakeup_fd(-1)
 
 
-def _facts(task: Task[..., Any]) -> TaskFacts:
+def facts_of(task: Task[..., Any]) -> TaskFacts:
+    """What a supervisor needs to know of a task."""
     return TaskFacts(
         dead_letter_queue=task.dead_letter_queue,
         max_crashes=task.max_crashes,
@@ -217,7 +218,7 @@ def main(descriptor: int, parent: int, target: str, overrides: str) -> None:
             raise
         app.import_tasks()
         stay_when_asked_to_stop()  # whatever the application has made of these signals
-        facts = {name: _facts(task) for name, task in app.tasks.items()}
+        facts = {name: facts_of(task) for name, task in app.tasks.items()}
         config = app.config
         schedules = [asdict(schedule) for schedule in app.schedules.in_code()]
         if config.pool != "solo":

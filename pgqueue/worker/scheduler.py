@@ -18,12 +18,12 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 
 from pgqueue.database.dsn import retry_delay
-from pgqueue.database.store import GroupFailed, Link, Row
+from pgqueue.database.store import GroupFailed, Row
 from pgqueue.errors import DatabaseUnavailable
 from pgqueue.schedule import CatchUp, Decision, Overlap, Standing, decide, read_cadence, tick_id, tick_share
 from pgqueue.worker.identity import Identity
@@ -64,6 +64,12 @@ class DueSchedule(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(list[DueSchedule])
 
 
+class SupportsCall(Protocol):
+    """What runs one statement in a transaction of its own."""
+
+    async def call(self, name: str, /, **parameters: Any) -> list[Row]: ...
+
+
 class Scheduler:
     """The schedules' loop of one worker, on its maintenance connection.
 
@@ -74,7 +80,7 @@ class Scheduler:
 
     def __init__(
         self,
-        link: Link,
+        link: SupportsCall,
         identity: Identity,
         schedules: Sequence[dict[str, Any]],
         *,
