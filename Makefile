@@ -11,8 +11,8 @@ PYTEST_ARGS ?=
 # Most tests wait for processes most of the time.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 # Tests and checks look at these, as far as they are there.
-CODE := $(wildcard pgqueue examples migrations tests benchmarks scripts)
-TYPED := $(wildcard pgqueue examples)
+CODE := $(wildcard pgqueue pytest_pgqueue.py examples migrations tests benchmarks scripts)
+TYPED := $(wildcard pgqueue pytest_pgqueue.py examples)
 
 # The first Python that is 3.11 or newer: $PYTHON, python3, python3.13, python3.12, python3.11.
 define bootstrap

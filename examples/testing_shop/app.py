@@ -1,0 +1,8 @@
+"""The queue of a small shop. It is in the database that has the orders: $PGQUEUE_DSN."""
+
+from __future__ import annotations
+
+from pgqueue import PgQueue
+from sqlalchemy.orm import sessionmaker
+
+app = PgQueue("testing_shop", imports=("testing_shop.tasks",), session_factory=sessionmaker())

@@ -1,0 +1,2 @@
+-- The database's clock. Always one row.
+SELECT clock_timestamp() AS now
