@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pgqueue import PgQueue
 from sqlalchemy.orm import sessionmaker
+
+from pgqueue import PgQueue
 
 app = PgQueue("testing_shop", imports=("testing_shop.tasks",), session_factory=sessionmaker())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pgqueue import TaskContext
 from sqlalchemy import func, select
 
+from pgqueue import TaskContext
 from testing_shop import mail
 from testing_shop.app import app
 from testing_shop.orders import Order, Report

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 from collections import Counter
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -448,8 +449,9 @@ def _let_through(error: BaseException | None) -> None:
     """
     if error is None:
         return
-    is_pytests = type(error).__module__.partition(".")[0] == "_pytest"
-    if isinstance(error, (KeyboardInterrupt, bdb.BdbQuit)) or is_pytests:
+    pytests = sys.modules.get("_pytest.outcomes")
+    others = (pytests.OutcomeException, pytests.Exit) if pytests is not None else ()
+    if isinstance(error, (KeyboardInterrupt, bdb.BdbQuit, *others)):
         raise error
     if isinstance(error, asyncio.CancelledError) and is_in_event_loop():
         task = asyncio.current_task()

@@ -26,16 +26,24 @@ from pgqueue.worker.scheduler import Scheduler
 
 T = TypeVar("T")
 
-MOST_TICKS: Final = 10_000
+MOST_TICKS: Final = 1000
 """Of schedules, on one journey."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A time to go to: by the clock of jobs, and by that of schedules, which stands still in between."""
+    """A time to go to.
 
-    jobs: datetime
+    Attributes:
+        ticks: By the clock of schedules, which stands still while a test runs.
+        offset: By that of jobs, so far from the database's: what a test takes meanwhile is not counted, so a
+            retry in a minute is within a minute of the run that failed.
+        at: By that of jobs, instead.
+    """
+
     ticks: datetime
+    offset: timedelta = timedelta(0)
+    at: datetime | None = None
 
 
 class Timeline:
@@ -56,9 +64,13 @@ class Timeline:
     @property
     def now(self) -> datetime:
         """The test's time, in UTC."""
+        return self._real + self.offset
+
+    @property
+    def _real(self) -> datetime:
         with self._session.transaction():
             now: datetime = self._session.run("read_time")[0]["now"]
-        return (now + self.offset).astimezone(UTC)
+        return now.astimezone(UTC)
 
     @property
     def shown_to_statements(self) -> datetime | None:
@@ -69,8 +81,7 @@ class Timeline:
         """The moment that is so much later than now."""
         if by < timedelta(0):
             raise ValueError(f"time travel goes forward only, got {by.total_seconds():g} seconds")
-        now = self.now
-        return Moment(now + by, (self._ticked or now) + by)
+        return Moment((self._ticked or self.now) + by, self.offset + by)
 
     def at(self, when: datetime) -> Moment:
         """The moment at which it is `when`."""
@@ -80,13 +91,14 @@ class Timeline:
             raise ValueError(
                 f"time travel goes forward only: it is {now:%Y-%m-%d %H:%M:%S} UTC already, got {shown(when)}"
             )
-        return Moment(when, when)
+        return Moment(when, at=when)
 
     def travel(self, to: Moment, *, ticks: bool = True) -> None:
         """Go there; schedules enqueue their jobs at each tick on the way, or let them all pass."""
+        self._settle()
         if ticks:
             fired = 0
-            while (tick := self.next_tick(to)) is not None:
+            while (tick := self._ahead()["tick"]) is not None and tick <= to.ticks:
                 self.tick(tick)
                 fired += 1
                 if fired > MOST_TICKS:
@@ -95,11 +107,10 @@ class Timeline:
                         "steps, or let them pass with ticks=False"
                     )
         else:
-            self._settle()
             with self._session.transaction():
                 self._session.run("start_schedules", at=to.ticks, all=True)
         self._ticked = max(to.ticks, self._ticked or to.ticks)
-        self.put_forward(to.jobs)
+        self.put_forward(self._time_of(to))
 
     def put_forward(self, to: datetime) -> None:
         """Have it be `to`, unless it is later already."""
@@ -116,7 +127,11 @@ class Timeline:
     def next_eta(self, until: Moment | None) -> datetime | None:
         """When the next job that waits is due; None if none is until then."""
         eta: datetime | None = self._ahead()["eta"]
-        return eta if eta is not None and (until is None or eta <= until.jobs) else None
+        return eta if eta is not None and (until is None or eta <= self._time_of(until)) else None
+
+    def _time_of(self, moment: Moment) -> datetime:
+        """When that is for jobs, as seen from now."""
+        return moment.at or self._real + moment.offset
 
     def tick(self, at: datetime) -> None:
         """Have the schedules do what is to be done at this time."""
@@ -128,16 +143,16 @@ class Timeline:
 
     def look_again(self) -> None:
         """A job has ended, for which a tick may be waiting."""
-        if self._ticked is not None and self._ahead()["unsettled"]:
-            self._look(self._ticked)
+        if self._ticked is not None:
+            self._settle()
 
     def _settle(self) -> None:
         """See to it that every schedule knows its next tick, counted from where we are."""
         if self._ticked is None:
             self._ticked = self.now
-        with self._session.transaction():
-            self._session.run("start_schedules", at=self._ticked, all=False)
         if self._scheduler is None or self._ahead()["unsettled"]:
+            with self._session.transaction():
+                self._session.run("start_schedules", at=self._ticked, all=False)
             self._look(self._ticked)
 
     def _look(self, at: datetime) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from pgqueue.testing import QueueDatabase
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.orm import Session
+
+from pgqueue.testing import QueueDatabase
 from testing_shop import mail
 from testing_shop.orders import Base
 

@@ -6,10 +6,11 @@ from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from pgqueue import DeadFilter
-from pgqueue.testing import QueueTester
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+
+from pgqueue import DeadFilter
+from pgqueue.testing import QueueTester
 from testing_shop.orders import REMIND_AFTER, Order, Report, count_orders, place_order
 from testing_shop.tasks import charge, close_day, invoice, remind, send_mail
 
