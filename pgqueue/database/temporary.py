@@ -16,9 +16,9 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.sql import SQL, Identifier
 
-from pgqueue.database.dsn import connect_options, one_line, unreachable
+from pgqueue.database.dsn import connect_options, one_line
 from pgqueue.database.migrate import upgrade
-from pgqueue.errors import DatabaseError, PermissionDenied
+from pgqueue.errors import DatabaseError, DatabaseUnavailable, PermissionDenied
 
 PREFIX: Final = "pgqueue_test_"
 """Of the names of databases and schemas that are made here."""
@@ -102,7 +102,10 @@ def _connected(dsn: str) -> Iterator[psycopg.Connection]:
     try:
         connection = psycopg.connect(dsn, autocommit=True, **connect_options(dsn))
     except psycopg.OperationalError as error:
-        raise unreachable(error) from error
+        raise DatabaseUnavailable(
+            f"cannot reach the tests' Postgres: {one_line(error)}; check $PGQUEUE_TEST_DSN, "
+            "--pgqueue-test-dsn and pgqueue_test_dsn, which name a server, or the fixture pgqueue_dsn, if there is one"
+        ) from error
     try:
         yield connection
     finally:
