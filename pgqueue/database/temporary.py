@@ -104,7 +104,7 @@ def _connected(dsn: str) -> Iterator[psycopg.Connection]:
     except psycopg.OperationalError as error:
         raise DatabaseUnavailable(
             f"cannot reach the tests' Postgres: {one_line(error)}; check $PGQUEUE_TEST_DSN, "
-            "--pgqueue-test-dsn and pgqueue_test_dsn, which name a server, or the fixture pgqueue_dsn, if there is one"
+            "--pgqueue-test-dsn and pgqueue_test_dsn, which name a server, or a fixture pgqueue_dsn of yours"
         ) from error
     try:
         yield connection

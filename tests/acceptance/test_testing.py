@@ -401,3 +401,27 @@ def test_what_the_fixture_costs(project: Path, server_dsn: str) -> None:
     print(f"without the fixture: median {without[24]:.1f} ms")
     assert len(others) == 49
     assert others[24] < first / 4
+
+
+def test_the_page_about_it_is_true(tmp_path: Path, server_dsn: str) -> None:
+    files: dict[str, str] = {}
+    for language, code in re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL):
+        name = re.match(r"# (\w+\.(py|ini))\n", code)
+        assert name is not None, code
+        assert language in ("python", "ini")
+        files[name[1]] = files.get(name[1], "") + code
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    assert {"pytest.ini", "conftest.py", "shop.py", "test_time.py"} <= files.keys()
+    done = pytest_in(tmp_path, "-rA", dsn=server_dsn)
+    tests = sum(text.count("def test_") for text in files.values())
+    assert tests > 10
+    assert f"{tests} passed" in done.stdout, done.stdout
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "."],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert checked.returncode == 0, checked.stdout
