@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,6 +29,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("pgqueue_test_dsn", server)
     group = parser.getgroup("pgqueue")
     group.addoption("--pgqueue-test-dsn", metavar="DSN", default=None, help=server)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Beside a failure: what the test has run, and what is enqueued."""
+    report = yield
+    if call.when == "call" and report.failed:
+        tester = getattr(item, "funcargs", {}).get("pgqueue_app")
+        if tester is not None:
+            with suppress(Exception):  # the failure itself is what matters
+                report.sections.append(("pgqueue", str(tester)))
+    return report
 
 
 @pytest.fixture(scope="session")

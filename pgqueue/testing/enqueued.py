@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -13,6 +13,7 @@ from pgqueue.app import PgQueue
 from pgqueue.codec import decode_headers
 from pgqueue.errors import PayloadError, shown
 from pgqueue.job import CORRELATION_ID, TAGS
+from pgqueue.options import check_time
 from pgqueue.task import Task
 
 TOLERANCE: Final = 5.0
@@ -88,7 +89,7 @@ class JobMatch(TypedDict, total=False):
     eta: datetime | timedelta | None
     tolerance: float
     headers: Mapping[str, Any]
-    tags: Iterable[str]
+    tags: Sequence[str] | Set[str]
     correlation_id: str | None
     unique_key: str | None
     state: str
@@ -110,13 +111,34 @@ def _read(app: PgQueue, row: Mapping[str, Any]) -> EnqueuedJob:
     return EnqueuedJob(**rest, args=args, kwargs=kwargs, headers=headers)
 
 
-def check_match(match: Mapping[str, Any]) -> None:
-    """TypeError if it has a name that is none of `JobMatch`."""
+def check_match(app: PgQueue, task: str | None, match: Mapping[str, Any]) -> None:
+    """TypeError or ValueError if no job could ever be like this, because it is not a match at all.
+
+    Also when there are no jobs: `assert_not_enqueued` must not be content with a misspelt name.
+    """
     if unknown := sorted(match.keys() - JobMatch.__annotations__.keys()):
         raise TypeError(
             f"unknown {unknown[0]!r}: a job is matched by {', '.join(JobMatch.__annotations__)}; "
             "arguments of the task go into args= and kwargs="
         )
+    kinds: dict[str, tuple[Any, str]] = {
+        "args": (list | tuple, "a list or tuple"),
+        "kwargs": (Mapping, "a mapping"),
+        "headers": (Mapping, "a mapping"),
+        "tags": (list | tuple | set | frozenset, "a list, tuple or set"),
+        "eta": (datetime | timedelta | None, "a datetime, a timedelta or None"),
+        "tolerance": (int | float, "a number of seconds"),
+    }
+    for name, (kind, words) in kinds.items():
+        if name in match and not isinstance(match[name], kind):
+            raise TypeError(f"{name} must be {words}, got {shown(match[name])}")
+    if isinstance(match.get("eta"), datetime):
+        check_time("eta", match["eta"])
+    if task is not None and task in app.tasks:
+        try:
+            app.tasks[task].codec.named(match.get("args", ()), match.get("kwargs", {}))
+        except TypeError as error:
+            raise TypeError(f"no job of {task} can be like this: {error}") from None
 
 
 def differences(app: PgQueue, job: EnqueuedJob, match: Mapping[str, Any], now: datetime) -> list[str]:
@@ -155,11 +177,8 @@ def _is_due(
 ) -> bool:
     if eta is None or wanted is None:
         return eta is wanted is None
-    if isinstance(wanted, timedelta):
-        wanted = now + wanted
-    if wanted.tzinfo is None:
-        raise ValueError(f"eta must be a datetime with a timezone, or a timedelta, got {shown(wanted)}")
-    return abs((eta - wanted).total_seconds()) <= tolerance
+    due = now + wanted if isinstance(wanted, timedelta) else wanted
+    return abs((eta - due).total_seconds()) <= tolerance
 
 
 def described(task: str | None, match: Mapping[str, Any]) -> str:

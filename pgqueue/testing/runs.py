@@ -73,9 +73,9 @@ class Run:
         return what
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Drained:
-    """What a `drain()` has done; `str()` of it is a page to read.
+    """What a `drain()` has done; printed, it is a page to read.
 
     Attributes:
         runs: Each run, in order.
@@ -95,7 +95,7 @@ class Drained:
         name = task if isinstance(task, str) else task.name
         return [run for run in self.runs if run.task == name]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         counts = ", ".join(f"{count} {end}" for end, count in self.counts.items()) or "nothing was ready"
         left = ", ".join(f"{count} {state}" for state, count in self.left.items())
         return "\n".join([f"{counts}; left: {left or 'nothing'}", *(f"  {run}" for run in self.runs)])

@@ -25,6 +25,7 @@ from pgqueue.database.connection import Channel, Rows, Statement, Steps, adrive,
 from pgqueue.database.dsn import is_pooled
 from pgqueue.database.queries import query
 from pgqueue.database.session import Session, open_session
+from pgqueue.errors import shown
 from pgqueue.job import current_request
 from pgqueue.task import SyncConnection, Task
 from pgqueue.testing.enqueued import (
@@ -71,6 +72,13 @@ class QueueTester:
         self._bench = bench
         self._session = session
         self._timeline = timeline
+
+    def __str__(self) -> str:
+        """What has been run in this test, and what is enqueued."""
+        jobs = self.enqueued()
+        lines = [f"  {run}" for run in self.runs] or ["  nothing"]
+        waiting = [table([(job, ()) for job in jobs], self.now)] if jobs else ["  nothing"]
+        return "\n".join(["run:", *lines, "enqueued:", *waiting])
 
     # Running jobs.
 
@@ -217,6 +225,8 @@ class QueueTester:
             ticks: False lets the ticks of schedules pass unnoticed.
         """
         given = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+        if not isinstance(by, timedelta | None):
+            raise TypeError(f"travel takes a timedelta, or hours=, minutes= and so on, got {shown(by)}")
         self._timeline.travel(self._timeline.later((by or timedelta(0)) + given), ticks=ticks)
         return self.now
 
@@ -230,7 +240,11 @@ class QueueTester:
             return None
         if with_scheduled:
             raise ValueError("until and with_scheduled exclude each other: give one of them")
-        return self._timeline.later(until) if isinstance(until, timedelta) else self._timeline.at(until)
+        if isinstance(until, timedelta):
+            return self._timeline.later(until)
+        if not isinstance(until, datetime):
+            raise TypeError(f"until must be a datetime with a timezone, or a timedelta, got {shown(until)}")
+        return self._timeline.at(until, "until")
 
     def _drain(
         self, end: Moment | None, with_scheduled: bool, raise_errors: bool, limit: int
@@ -315,8 +329,8 @@ class QueueTester:
         self, task: Task[..., Any] | str | None, match: JobMatch, connection: SyncConnection | None
     ) -> tuple[list[EnqueuedJob], list[tuple[EnqueuedJob, list[str]]]]:
         """The jobs that match, and all, those of the task first, each with what is wrong with it."""
-        check_match(match)
         name, now, found, judged = name_of(task), self.now, [], []
+        check_match(self.app, name, match)
         for job in self._jobs(connection):
             wrong = ["task"] if name not in (None, job.task) else differences(self.app, job, match, now)
             judged.append((job, wrong))
@@ -328,7 +342,13 @@ class QueueTester:
         ended = Counter(f"{run.task} {run.end}" for run in self.runs)
         ran = ", ".join(f"{count} x {what}" for what, count in ended.items())
         there = f"; enqueued are:\n{table(judged, self.now)}" if judged else "; nothing is enqueued"
-        return there + (f"\nrun in this test: {ran}" if ran else "")
+        there += f"\nrun in this test: {ran}" if ran else ""
+        with self._session.transaction():
+            if self._session.run("count_open_writers")[0]["writers"]:
+                there += (
+                    "\na transaction is open: what it has enqueued is seen when it commits, or by connection="
+                )
+        return there
 
 
 class Workbench:

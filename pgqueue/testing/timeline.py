@@ -83,9 +83,9 @@ class Timeline:
             raise ValueError(f"time travel goes forward only, got {by.total_seconds():g} seconds")
         return Moment((self._ticked or self.now) + by, self.offset + by)
 
-    def at(self, when: datetime) -> Moment:
+    def at(self, when: datetime, name: str = "when") -> Moment:
         """The moment at which it is `when`."""
-        when = check_time("when", when)
+        when = check_time(name, when)
         now = self.now
         if when < now:
             raise ValueError(

@@ -259,6 +259,26 @@ def test_a_server_that_is_not_there(project: Path) -> None:
     assert "secret" not in done.stdout
 
 
+def test_a_failure_shows_what_was_run(project: Path, server_dsn: str) -> None:
+    write(
+        project,
+        test_shop="""
+        from shop import send_email
+
+        def test_fails(pgqueue_app):
+            send_email.delay(1)
+            pgqueue_app.drain()
+            send_email.delay(2)
+            assert False
+        """,
+    )
+    done = pytest_in(project, dsn=server_dsn)
+    assert "1 failed" in done.stdout, done.stdout
+    shown = done.stdout.partition(" pgqueue ---")[2]
+    assert "run:\n  shop.send_email succeeded\nenqueued:\n  task" in shown
+    assert re.search(r"shop.send_email  2 +default  5 +ready\n", shown)
+
+
 def test_a_run_that_does_not_use_it_does_not_import_pgqueue(tmp_path: Path) -> None:
     write(
         tmp_path,

@@ -245,7 +245,28 @@ def test_drain_until_a_time(queue: QueueTester) -> None:
         (lambda queue: queue.travel_to(datetime(2020, 1, 1)), ValueError, "when must have a timezone"),
         (lambda queue: queue.travel_to("noon"), TypeError, "when must be a datetime"),
         (lambda queue: queue.enqueued(3), TypeError, "a task is one of @app.task, or its name, got 3"),
+        (lambda queue: queue.travel(3600), TypeError, "a timedelta, or hours=, minutes= and so on, got 3600"),
+        (lambda queue: queue.drain(until=3600), TypeError, "until must be a datetime with a timezone, or a"),
+        (lambda queue: queue.drain(until=datetime(2099, 1, 1)), ValueError, "until must have a timezone"),
         (lambda queue: queue.assert_enqueued(note, what="x"), TypeError, "unknown 'what': a job is matched"),
+        (lambda queue: queue.assert_not_enqueued(note, args="x"), TypeError, "args must be a list or tuple"),
+        (lambda queue: queue.assert_not_enqueued(note, tags="x"), TypeError, "tags must be a list, tuple or"),
+        (
+            lambda queue: queue.assert_not_enqueued(note, eta=5),
+            TypeError,
+            "eta must be a datetime, a timedelta",
+        ),
+        (lambda queue: queue.assert_not_enqueued(eta=datetime.now()), ValueError, "eta must have a timezone"),
+        (
+            lambda queue: queue.assert_not_enqueued(note, kwargs={"nothing": 3}),
+            TypeError,
+            "note can be like this: got an unexpected keyword argument 'nothing'",
+        ),
+        (
+            lambda queue: queue.assert_not_enqueued(note, args=(1, 2, 3)),
+            TypeError,
+            "note can be like this: too many positional arguments",
+        ),
         (lambda queue: queue.assert_enqueued(note, count=0), ValueError, "use assert_not_enqueued"),
     ],
 )
@@ -353,8 +374,6 @@ def test_assert_enqueued_matches_what_is_given(queue: QueueTester) -> None:
     queue.assert_enqueued(count=2)
     queue.assert_not_enqueued(broken)
     queue.assert_not_enqueued(note, kwargs={"times": 3})
-    queue.assert_not_enqueued(note, kwargs={"nothing": 3})
-    queue.assert_not_enqueued(note, args=(1, 2, 3))
     queue.assert_not_enqueued(note, headers={"tenant": "b"})
     queue.assert_not_enqueued(note, eta=eta + timedelta(seconds=6))
     queue.assert_enqueued(note, eta=eta + timedelta(seconds=6), tolerance=7)
@@ -386,6 +405,21 @@ def test_a_failed_assertion_says_when_it_was_run_or_nothing_is_there(queue: Queu
         queue.assert_enqueued(note)
 
 
+def test_printed_it_shows_what_was_run_and_what_is_there(queue: QueueTester) -> None:
+    assert str(queue) == "run:\n  nothing\nenqueued:\n  nothing"
+    note.delay("x")
+    queue.drain()
+    urgent.delay("y")
+    lines = [re.split(r"  +", line.strip()) for line in str(queue).splitlines()]
+    assert lines == [
+        ["run:"],
+        [f"{note.name} succeeded"],
+        ["enqueued:"],
+        ["task", "arguments", "queue", "priority", "state"],
+        [urgent.name, "'y'", "fast", "9", "ready"],
+    ]
+
+
 def test_a_wrong_number_and_an_unwanted_job(queue: QueueTester) -> None:
     note.delay("x")
     note.delay("y")
@@ -401,6 +435,8 @@ def test_only_the_transaction_sees_what_it_has_enqueued(queue: QueueTester) -> N
         queue.assert_not_enqueued(note)
         queue.assert_enqueued(note, connection=connection)
         assert queue.drain().runs == []
+        with pytest.raises(AssertionError, match="nothing is enqueued\na transaction is open: what it has"):
+            queue.assert_enqueued(note)
         connection.rollback()
     assert queue.enqueued() == []
 
