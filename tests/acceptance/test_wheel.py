@@ -86,3 +86,18 @@ def test_every_sql_file_and_template_is_in_it(environment: Path) -> None:
             if path.suffix in (".py", ".sql", ".mako", ".typed")
         }
         assert ours <= {path.relative_to(there) for path in there.rglob("*") if path.is_file()}
+
+
+def test_pytest_finds_its_fixture(environment: Path, server_dsn: str, tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text("from pgqueue import PgQueue\napp = PgQueue('shop')\n")
+    (tmp_path / "test_shop.py").write_text(
+        "import pytest_pgqueue\n\n"
+        "def test_it(pgqueue_app):\n"
+        "    print(pytest_pgqueue.__file__)\n"
+        "    pgqueue_app.app.send_task('shop.nothing')\n"
+        "    assert pgqueue_app.drain().counts == {'dead': 1}\n"
+    )
+    options = ["-s", "-p", "no:cacheprovider", "-o", "pgqueue_app=shop:app", "--pgqueue-test-dsn", server_dsn]
+    said = run(environment / "bin" / "python", "-m", "pytest", *options, cwd=tmp_path)
+    assert "1 passed" in said
+    assert f"{environment}/" in said
