@@ -21,13 +21,22 @@ import psycopg
 
 from pgqueue import __version__
 from pgqueue.app import PgQueue
-from pgqueue.database.connection import Channel, Rows, Statement, Steps, adrive, drive, recognise_sync
+from pgqueue.database.connection import (
+    Channel,
+    Rows,
+    Statement,
+    Steps,
+    adrive,
+    drive,
+    recognise_async,
+    recognise_sync,
+)
 from pgqueue.database.dsn import is_pooled
 from pgqueue.database.queries import query
 from pgqueue.database.session import Session, open_session
 from pgqueue.errors import shown
 from pgqueue.job import current_request
-from pgqueue.task import SyncConnection, Task
+from pgqueue.task import AsyncConnection, SyncConnection, Task
 from pgqueue.testing.enqueued import (
     EnqueuedJob,
     JobMatch,
@@ -152,6 +161,14 @@ class QueueTester:
         """
         name = name_of(task)
         return [job for job in self._jobs(connection) if name in (None, job.task)]
+
+    async def aenqueued(
+        self, task: Task[..., Any] | str | None = None, *, connection: AsyncConnection
+    ) -> list[EnqueuedJob]:
+        """`enqueued` through an async connection, which sees what its open transaction has enqueued."""
+        name = name_of(task)
+        rows = await recognise_async(connection, "aenqueued").run(self.schema, _list_live_jobs)
+        return [job for job in self._read(rows) if name in (None, job.task)]
 
     def assert_enqueued(
         self,
@@ -320,10 +337,12 @@ class QueueTester:
 
     def _jobs(self, connection: SyncConnection | None) -> list[EnqueuedJob]:
         if connection is not None:
-            rows = recognise_sync(connection, "enqueued").run(self.schema, _list_live_jobs)
-            return read_jobs(self.app, [dict(zip(_COLUMNS, row, strict=True)) for row in rows])
+            return self._read(recognise_sync(connection, "enqueued").run(self.schema, _list_live_jobs))
         with self._session.transaction():
             return read_jobs(self.app, self._session.run("list_live_jobs"))
+
+    def _read(self, rows: Rows) -> list[EnqueuedJob]:
+        return read_jobs(self.app, [dict(zip(_COLUMNS, row, strict=True)) for row in rows])
 
     def _judge(
         self, task: Task[..., Any] | str | None, match: JobMatch, connection: SyncConnection | None

@@ -337,6 +337,33 @@ def test_it_works_with_async_tests_of_a_plugin(project: Path, server_dsn: str) -
     assert "4 passed" in done.stdout, done.stdout
 
 
+@pytest.mark.parametrize("place", ["own database", "own schema"])
+def test_a_real_worker_serves_the_tests_queue(
+    project: Path, server_dsn: str, fresh_dsn: str, place: str
+) -> None:
+    shared = f"@pytest.fixture(scope='session')\ndef pgqueue_dsn(): return {fresh_dsn!r}"
+    write(
+        project,
+        conftest=f"import pytest\n{shared if place == 'own schema' else ''}\n",
+        test_shop="""
+        import os, subprocess, sys
+        from shop import send_email
+
+        def test_it(pgqueue_app):
+            place = {"PGQUEUE_DSN": pgqueue_app.dsn, "PGQUEUE_SCHEMA": pgqueue_app.schema}
+            command = [sys.executable, "-m", "pgqueue.cli.main", "-A", "shop:app", "worker", "-c", "1"]
+            worker = subprocess.Popen(command, env={**os.environ, **place})
+            try:
+                assert send_email.delay(1).get(timeout=60) == "sent 1"
+            finally:
+                worker.terminate()
+                worker.wait()
+        """,
+    )
+    done = pytest_in(project, dsn=server_dsn)
+    assert "1 passed" in done.stdout, done.stdout
+
+
 def test_the_fixture_has_its_type(project: Path) -> None:
     write(
         project,

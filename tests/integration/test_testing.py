@@ -13,6 +13,9 @@ from typing import Any, NoReturn
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import create_engine
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 
 from pgqueue import (
     DeadFilter,
@@ -24,6 +27,7 @@ from pgqueue import (
     Reject,
     Snooze,
     TaskContext,
+    UnsupportedConnection,
 )
 from pgqueue.database.temporary import url_of
 from pgqueue.hooks import TaskFailed, TaskSucceeded
@@ -439,6 +443,34 @@ def test_only_the_transaction_sees_what_it_has_enqueued(queue: QueueTester) -> N
             queue.assert_enqueued(note)
         connection.rollback()
     assert queue.enqueued() == []
+
+
+def test_a_session_that_never_commits(queue: QueueTester) -> None:
+    """SQLAlchemy's recipe for tests: an outer transaction that is rolled back, whatever the session does."""
+    engine = create_engine(queue.dsn.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.connect() as connection, connection.begin() as outer:
+        with Session(bind=connection, join_transaction_mode="create_savepoint") as session:
+            note.on(session).delay("x")
+            session.commit()
+            queue.assert_not_enqueued(note)
+            queue.assert_enqueued(note, args=("x",), connection=session)
+        outer.rollback()
+    engine.dispose()
+    assert queue.enqueued() == []
+
+
+def test_an_async_session_sees_what_it_has_enqueued(queue: QueueTester) -> None:
+    async def test() -> None:
+        engine = create_async_engine(queue.dsn.replace("postgresql://", "postgresql+asyncpg://"))
+        async with AsyncSession(engine) as session:
+            await note.on(session).adelay("x")
+            assert [job.args for job in await queue.aenqueued(note, connection=session)] == [["x"]]
+            assert await queue.aenqueued(broken, connection=session) == []
+            with pytest.raises(UnsupportedConnection, match=r"await aenqueued\(\) instead"):
+                queue.assert_enqueued(note, connection=session)  # type: ignore[arg-type]
+        await engine.dispose()
+
+    asyncio.run(test())
 
 
 def test_jobs_of_unknown_tasks_are_seen(queue: QueueTester) -> None:
