@@ -277,6 +277,8 @@ class QueueTester:
                     raise RuntimeError(_endless(runs, limit))
             if not self._go_on(end, with_scheduled):
                 break
+            if len(runs) >= limit and self._bench.peek():
+                raise RuntimeError(_endless(runs, limit))
         if end is not None:
             self._timeline.travel(end)
         with self._session.transaction():
@@ -386,14 +388,13 @@ class Workbench:
         with self._standing_in():
             app.import_tasks()
             self._bench = Bench(app, session, self._worker)
-            self._register()
 
     @contextlib.contextmanager
     def test(self) -> Iterator[QueueTester]:
         """A test's own, empty queue: in the block the application enqueues into it."""
         with self._standing_in():
             schedules = [asdict(schedule) for schedule in self._app.schedules.in_code()]
-            self._empty(schedules)
+            self._begin(schedules)
             timeline = Timeline(self._session, self._worker, schedules)
             self._bench.timeline = self._client.timeline = timeline
             yield QueueTester(self._bench, self._session, timeline, self._app)
@@ -412,30 +413,32 @@ class Workbench:
         if not is_pooled(pid, self._session.connection):
             self._session.connection.prepare_threshold = 1
 
-    def _register(self) -> None:
-        names = [schedule.name for schedule in self._app.schedules.in_code()]
-        with self._session.transaction():
-            self._session.run(
-                "register_worker",
-                worker=self._worker,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                queues=[],
-                pool="tests",
-                concurrency=1,
-                version=__version__,
-            )
+    def _register(self, schedules: list[dict[str, Any]]) -> None:
+        """Be a worker, which has these schedules in its code; anew for each test, because a real worker would
+        in the end take us for dead.
+        """
+        self._session.run(
+            "register_worker",
+            worker=self._worker,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            queues=[],
+            pool="tests",
+            concurrency=1,
+            version=__version__,
+        )
+        if schedules:
+            document = json.dumps(schedules)
+            self._session.run("put_schedules", schedules=document, source="code", replace=True)
+            names = [each["name"] for each in schedules]
             self._session.run("hold_schedules", names=names, worker=self._worker)
 
-    def _empty(self, schedules: list[dict[str, Any]]) -> None:
-        """Delete what the test before has left, and write down the schedules in code."""
+    def _begin(self, schedules: list[dict[str, Any]]) -> None:
+        """Delete what the test before has left."""
         try:
             with self._session.transaction():
                 self._session.connection.execute(query("empty_queue", self._session.schema).text.encode())
-                if schedules:
-                    self._session.run(
-                        "put_schedules", schedules=json.dumps(schedules), source="code", replace=True
-                    )
+                self._register(schedules)
         except psycopg.errors.LockNotAvailable as error:
             raise RuntimeError(
                 "the queue cannot be emptied for this test: a transaction that an earlier one has left open "
@@ -502,6 +505,6 @@ def _endless(runs: list[Run], limit: int) -> str:
     often = Counter(run.task for run in runs).most_common(3)
     most = ", ".join(f"{task} {count} times" for task, count in often)
     return (
-        f"drain() has run {limit} jobs and more are ready ({most}): does a task enqueue itself, or retry at "
-        "once, for ever? if it must be so many, say drain(limit=…)"
+        f"drain() has run {limit} jobs and more are ready ({most}): does a task enqueue itself, or retry or "
+        "snooze for ever? if it must be so many, say drain(limit=…)"
     )

@@ -325,6 +325,13 @@ def test_an_endless_loop_is_found(queue: QueueTester, task: Any) -> None:
         queue.drain(limit=20)
 
 
+def test_what_waits_for_ever_is_an_endless_loop_too(queue: QueueTester) -> None:
+    snoozes.delay(10**6)
+    with pytest.raises(RuntimeError, match="retry or snooze for ever"):
+        queue.drain(with_scheduled=True, limit=20)
+    assert len(queue.runs) == 20
+
+
 def test_exactly_the_limit_is_no_loop(queue: QueueTester) -> None:
     fan_out.delay(4)
     assert len(queue.drain(limit=5).runs) == 5
@@ -749,6 +756,7 @@ def test_a_test_leaves_nothing_to_the_next(workbench: Workbench) -> None:
         queue.travel(days=1)
         with psycopg.connect(queue.dsn, autocommit=True) as connection:
             worker = connection.execute("select id from pgqueue.workers").fetchall()
+            connection.execute("update pgqueue.workers set fenced = true")
             connection.execute("update pgqueue.jobs set state = 'running', worker_id = 'gone'")
             connection.execute(
                 "insert into pgqueue.workers (id, host, pid, queues, pool, concurrency, version)"
