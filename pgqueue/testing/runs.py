@@ -193,13 +193,13 @@ class Bench:
 
     def peek(self) -> bool:
         """Whether a job is ready."""
-        return self._pick(None, None) is not None
+        return self._pick_settled(None, None) is not None
 
     def take(self, queue: str | None = None, task: str | None = None) -> Job | Run | None:
         """Claim the next job: to be run, or already at its end; None if nothing is ready."""
         self._new_dispatcher()
         while True:
-            picked = self._pick(queue, task)
+            picked = self._pick_settled(queue, task)
             if picked is None:
                 return None
             claimed = self._claim(picked)
@@ -229,6 +229,13 @@ class Bench:
         said = self._dispatcher.progress().get(self._claimed.id)
         self._dispatcher.finished(self._slot, ended)
         return replace(self._settled(self._claimed, ended), progress=said)
+
+    def _pick_settled(self, queue: str | None, task: str | None) -> Mapping[str, Any] | None:
+        """As `_pick`, after what the test itself has ended, such as by cancelling it, is passed on too."""
+        picked = self._pick(queue, task)
+        if picked is None and self._settle_canvases():
+            picked = self._pick(queue, task)
+        return picked
 
     def _pick(self, queue: str | None, task: str | None) -> Mapping[str, Any] | None:
         """The job to claim next, after all that are due are ready; None if none is."""
@@ -290,9 +297,21 @@ class Bench:
         outcomes, self._dispatcher.outcomes = self._dispatcher.outcomes, []
         run = self._run(job, outcomes[0] if outcomes else None, ended)
         self._ack(outcomes)
-        # What waited for the job is to be released here, in a transaction after that of its end, which a
-        # transactional task has written itself.
+        if nodes := [outcome.id for outcome in outcomes if outcome.settles] + self._dispatcher.ended_nodes:
+            self._settle_canvases(nodes)
         return run
+
+    def _settle_canvases(self, nodes: list[str] | None = None) -> bool:
+        """Pass on the ends of these jobs of canvases, or of all that nobody has; whether any was released."""
+        ids = None if nodes is None else "{" + ",".join(nodes) + "}"
+        released = 0
+        while True:
+            with self._session.transaction(by_index=True):
+                (row,) = self._session.run("settle_canvases", ids=ids)
+            released += int(row["released"])
+            ids = row["left_over"]
+            if ids is None:
+                return released > 0
 
     def _ack(self, outcomes: list[Outcome]) -> None:
         """Record outcomes by the test's clock: what runs again is due by it, and history says it."""

@@ -22,10 +22,12 @@ import psycopg
 from pgqueue import __version__
 from pgqueue.app import PgQueue
 from pgqueue.database.connection import (
+    AsyncConnection,
     Channel,
     Rows,
     Statement,
     Steps,
+    SyncConnection,
     adrive,
     drive,
     recognise_async,
@@ -36,7 +38,7 @@ from pgqueue.database.queries import query
 from pgqueue.database.session import Session, open_session
 from pgqueue.errors import shown
 from pgqueue.job import current_request
-from pgqueue.task import AsyncConnection, SyncConnection, Task
+from pgqueue.task import Task
 from pgqueue.testing.enqueued import (
     EnqueuedJob,
     JobMatch,

@@ -36,6 +36,7 @@ THE_JOB = "01890a5d-ac96-774b-bcce-b302099a8057"
 
 ELSEWHERE = {
     "docs/moving-from-celery.md": "tests/acceptance/test_from_celery.py",
+    "docs/testing.md": "tests/acceptance/test_testing.py",
     "docs/sql.md#Questions and answers": "tests/integration/test_sql_page.py",
 }
 """Pages, or sections of them, whose blocks another test runs."""

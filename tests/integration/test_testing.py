@@ -25,9 +25,13 @@ from pgqueue import (
     PgQueue,
     Progress,
     Reject,
+    Signature,
     Snooze,
     TaskContext,
     UnsupportedConnection,
+    chain,
+    chord,
+    group,
 )
 from pgqueue.database.temporary import url_of
 from pgqueue.hooks import TaskFailed, TaskSucceeded
@@ -50,6 +54,11 @@ def note(what: str, times: int = 1) -> str:
 @app.task(priority=9, queue="fast")
 def urgent(what: str) -> None:
     seen.append(what)
+
+
+@app.task
+def collect(*parts: Any) -> list[Any]:
+    return list(parts)
 
 
 @app.task
@@ -350,6 +359,36 @@ def test_run_one_runs_one(queue: QueueTester) -> None:
     assert run.result == "a"
     assert queue.run_one(note.name) is None
     assert len(queue.enqueued(urgent)) == 1
+
+
+def test_a_canvas_is_run_to_its_end(queue: QueueTester) -> None:
+    result = chord([note.s("a"), note.s("b")], collect.s("!")).delay()
+    assert queue.drain().left == {}
+    assert result.get(timeout=0) == [["a", "b"], "!"]
+
+
+def test_run_one_releases_what_waits(queue: QueueTester) -> None:
+    chain(note.s("a"), note.s(2)).delay()
+    assert [each.state for each in queue.enqueued()] == ["ready", "blocked"]
+    queue.run_one()
+    queue.assert_enqueued(note, args=("a", 2), state="ready")
+
+
+def test_a_canvas_with_a_transactional_task_and_one_that_fails(
+    queue: QueueTester, notes: psycopg.Connection[Any]
+) -> None:
+    result = chain(awrites.si("x"), Signature("unknown.task"), note.s()).delay()
+    assert queue.drain().counts == {"succeeded": 1, "dead": 1}
+    assert [child.state for child in result.children] == ["succeeded", "dead", "dead"]
+
+
+def test_what_the_test_cancels_is_passed_on(queue: QueueTester) -> None:
+    result = group(note.s("a"), note.s("b")).link(collect.s()).link_error(note.s()).delay()
+    for child in result.children[:2]:
+        child.cancel()
+    drained = queue.drain()
+    assert (drained.runs, drained.left) == ([], {})
+    assert result.state == "cancelled"
 
 
 def test_a_paused_queue_is_left_alone(queue: QueueTester) -> None:
