@@ -8,7 +8,7 @@ What happens when they end is in `migrations/versions/0011_canvas.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar, Unpack, overload
 
 from pgqueue.database.connection import (
     AsyncCaller,
@@ -19,7 +19,8 @@ from pgqueue.database.connection import (
     recognise_sync,
 )
 from pgqueue.errors import shown
-from pgqueue.job import CanvasNode, CanvasRequest, ErrorJob, JobRequest, new_id
+from pgqueue.graph import CanvasNode, CanvasRequest, Encoder, Graph, OnMemberFailure, Source
+from pgqueue.job import JobRequest
 from pgqueue.options import JobOptions, check_arguments, check_option_names
 
 if TYPE_CHECKING:
@@ -29,18 +30,13 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-OnMemberFailure = Literal["fail", "skip"]
-
 MOST_NESTED: Final = 32
 """Levels: the database puts nested results together by recursion."""
 
-_NOT_IN_A_CANVAS: Final = ("job_id", "unique_key", "on_conflict", "unique_until")
 _LINKS: Final = ("link", "link_error")
-_START: Final = ("countdown", "eta")
-"""Options of a canvas that concern only the jobs that it starts with."""
 
 
-class Application(Protocol):
+class Application(Encoder, Protocol):
     """What a canvas needs to know of its application."""
 
     @property
@@ -51,105 +47,6 @@ class Application(Protocol):
     def request_for(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
     ) -> JobRequest: ...
-    def member_request_for(
-        self,
-        name: str,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        options: Mapping[str, Any],
-        *,
-        canvas_id: str | None,
-        takes_result: bool,
-    ) -> tuple[JobRequest, str | None]: ...
-
-
-class _Source:
-    """What a part of a canvas waits for, and takes the result of: a node, or a value that is known."""
-
-    __slots__ = ("constant", "node")
-
-    def __init__(self, node: CanvasNode | None = None, constant: Sequence[Any] = ()) -> None:
-        self.node = node
-        self.constant = tuple(constant)
-
-
-class _Graph:
-    """The nodes of a canvas, while it is put together.
-
-    Args:
-        args, kwargs: For the jobs that it starts with, before their own.
-        options: For all jobs, unless they have their own.
-    """
-
-    def __init__(
-        self, app: Application, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> None:
-        self.app = app
-        self.id = new_id()
-        self.nodes: list[CanvasNode] = []
-        self._args = tuple(args)
-        self._kwargs = kwargs
-        self._options = {name: value for name, value in options.items() if name not in _START}
-        self._start_options = options
-
-    def job(self, signature: Signature[Any], source: _Source) -> CanvasNode:
-        """The node of one call."""
-        waits = source.node is not None
-        args, kwargs = signature.args, signature.kwargs
-        takes = waits and not signature.immutable and not source.constant
-        if not signature.immutable:
-            args = (*source.constant, *(() if waits or source.constant else self._args), *args)
-            kwargs = kwargs if waits else {**kwargs, **self._kwargs}
-        options = {**(self._options if waits else self._start_options), **signature.options}
-        request, dead_letter_queue = self.app.member_request_for(
-            signature.task, args, kwargs, _checked(options), canvas_id=self.id, takes_result=takes
-        )
-        node = CanvasNode(
-            request.id,
-            len(self.nodes),
-            request=request,
-            after=source.node.id if source.node is not None else None,
-            takes_result=takes,
-            dead_letter_queue=dead_letter_queue,
-        )
-        if takes and source.node is not None:
-            source.node.keeps_result = True
-        self.nodes.append(node)
-        return node
-
-    def join(self, on_member_failure: OnMemberFailure) -> CanvasNode:
-        """A node that ends when its members have ended."""
-        node = CanvasNode(new_id(), len(self.nodes), skips_failed=on_member_failure == "skip")
-        self.nodes.append(node)
-        return node
-
-    def add_links(self, part: Canvas[Any], output: CanvasNode, depth: int) -> None:
-        """What runs when a part has succeeded, and when it has failed."""
-        for link in part.links:
-            link.build(self, _Source(output), depth + 1)
-        for handler in part.error_links:
-            output.on_error.append(self._error_job(handler, own=isinstance(part, Signature)))
-
-    def _error_job(self, handler: Canvas[Any], *, own: bool) -> ErrorJob:
-        if not isinstance(handler, Signature) or handler.links or handler.error_links:
-            raise TypeError(
-                f"link_error takes a call of one task, made with task.s(...), got {shown(handler)}"
-            )
-        takes = not handler.immutable
-        options = {**self._options, **handler.options}
-        request, _ = self.app.member_request_for(
-            handler.task, handler.args, handler.kwargs, _checked(options), canvas_id=None, takes_result=takes
-        )
-        return ErrorJob(request, takes_id=takes, own=own)
-
-    def request(self, output: CanvasNode) -> CanvasRequest:
-        """The whole, with this node's end as its own."""
-        output.keeps_result = True
-        by_id = {node.id: node for node in self.nodes}
-        for node in self.nodes:  # a join comes before its members
-            if node.member_of is not None and by_id[node.member_of].keeps_result:
-                node.keeps_result = True
-        return CanvasRequest(self.id, output.id, tuple(self.nodes))
 
 
 class Canvas(Generic[R]):
@@ -163,15 +60,18 @@ class Canvas(Generic[R]):
         """What it is made of."""
         return ()
 
-    def build(self, graph: _Graph, source: _Source, depth: int) -> CanvasNode:
+    def build(self, graph: Graph, source: Source, depth: int) -> CanvasNode:
         """Add its nodes to the graph; the one whose end is its own."""
         if depth > MOST_NESTED:
             raise ValueError(f"a canvas is nested at most {MOST_NESTED} levels deep")
         output = self.build_parts(graph, source, depth)
-        graph.add_links(self, output, depth)
+        for link in self.links:
+            link.build(graph, Source(output), depth + 1)
+        for handler in self.error_links:
+            output.on_error.append(graph.error_job(_handler(handler), own=isinstance(self, Signature)))
         return output
 
-    def build_parts(self, graph: _Graph, source: _Source, depth: int) -> CanvasNode:
+    def build_parts(self, graph: Graph, source: Source, depth: int) -> CanvasNode:
         raise NotImplementedError
 
     def link(self, other: Canvas[Any]) -> Canvas[R]:
@@ -258,12 +158,12 @@ class Canvas(Generic[R]):
         check_arguments("a canvas", args, kwargs)
         wanted = {name: value for name, value in options.items() if name not in _LINKS}
         app = _app_of(self)
-        graph = _Graph(app, args, kwargs, wanted)
-        output = self.build(graph, _Source(), 1)
+        graph = Graph(app, args, kwargs, wanted)
+        output = self.build(graph, Source(), 1)
         for link in _listed("link", options.get("link")):
-            link.build(graph, _Source(output), 2)
+            link.build(graph, Source(output), 2)
         for handler in _listed("link_error", options.get("link_error")):
-            output.on_error.append(graph._error_job(handler, own=False))
+            output.on_error.append(graph.error_job(_handler(handler), own=False))
         return app, graph.request(output)
 
     def _enqueue(
@@ -350,7 +250,7 @@ class Signature(Canvas[R]):
         result: R = _app_of(self).find_task(self.task)(*args, *self.args, **{**self.kwargs, **kwargs})
         return result
 
-    def build_parts(self, graph: _Graph, source: _Source, depth: int) -> CanvasNode:
+    def build_parts(self, graph: Graph, source: Source, depth: int) -> CanvasNode:
         return graph.job(self, source)
 
     if TYPE_CHECKING:
@@ -377,35 +277,31 @@ class Signature(Canvas[R]):
     def _enqueue(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], options: Any, caller: SyncCaller | None
     ) -> Any:
-        if self._is_alone(options):
-            app, request = self._alone(args, kwargs, options)
+        call = self._with(args, kwargs, options)
+        if not (call.links or call.error_links):
+            app = _app_of(call)
+            request = app.request_for(call.task, call.args, call.kwargs, call.options)
             return app.result_of(app.client.enqueue(request, caller))
-        app, canvas = self.request(args, kwargs, options)
+        app, canvas = call.request((), {}, {})
         app.client.enqueue_canvas(canvas, caller)
         return app.result_of(canvas.output)
 
     async def _aenqueue(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], options: Any, caller: AsyncCaller | None
     ) -> Any:
-        if self._is_alone(options):
-            app, request = self._alone(args, kwargs, options)
+        call = self._with(args, kwargs, options)
+        if not (call.links or call.error_links):
+            app = _app_of(call)
+            request = app.request_for(call.task, call.args, call.kwargs, call.options)
             return app.result_of(await app.client.aenqueue(request, caller))
-        app, canvas = self.request(args, kwargs, options)
+        app, canvas = call.request((), {}, {})
         await app.client.aenqueue_canvas(canvas, caller)
         return app.result_of(canvas.output)
 
-    def _is_alone(self, options: Mapping[str, Any]) -> bool:
-        return not (self.links or self.error_links or options.get("link") or options.get("link_error"))
-
-    def _alone(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> tuple[Application, JobRequest]:
-        app = _app_of(self)
-        own, given = (self.args, self.kwargs), ((), {}) if self.immutable else (args, kwargs)
-        wanted = {name: value for name, value in options.items() if name not in _LINKS}
-        return app, app.request_for(
-            self.task, (*given[0], *own[0]), {**own[1], **given[1]}, {**wanted, **self.options}
-        )
+    def _with(self, args: Sequence[Any], kwargs: Mapping[str, Any], options: Any) -> Signature[R]:
+        """The call that is made: what is linked to it does not get its options."""
+        check_arguments(self.task, args, kwargs)
+        return (self.clone() if self.immutable else self.clone(args, kwargs)).set(**options)
 
 
 class chain(Canvas[Any]):
@@ -431,10 +327,10 @@ class chain(Canvas[Any]):
     def parts(self) -> Iterable[Canvas[Any]]:
         return self.steps
 
-    def build_parts(self, graph: _Graph, source: _Source, depth: int) -> CanvasNode:
+    def build_parts(self, graph: Graph, source: Source, depth: int) -> CanvasNode:
         for step in self.steps:
             output = step.build(graph, source, depth + 1)
-            source = _Source(output)
+            source = Source(output)
         return output
 
 
@@ -467,7 +363,7 @@ class group(Canvas[list[Any]]):
     def parts(self) -> Iterable[Canvas[Any]]:
         return self.members
 
-    def build_parts(self, graph: _Graph, source: _Source, depth: int) -> CanvasNode:
+    def build_parts(self, graph: Graph, source: Source, depth: int) -> CanvasNode:
         if not self.members:
             raise ValueError("a group needs at least one member")
         join = graph.join(self.on_member_failure)
@@ -511,12 +407,12 @@ class chord(Canvas[Any]):
     def parts(self) -> Iterable[Canvas[Any]]:
         return [*self.header.members, *([] if self.body is None else [self.body])]
 
-    def build_parts(self, graph: _Graph, source: _Source, depth: int) -> CanvasNode:
+    def build_parts(self, graph: Graph, source: Source, depth: int) -> CanvasNode:
         if self.body is None:
             raise TypeError("a chord needs a body: chord(header, body), or chord(header)(body)")
         if not self.header.members:
-            return self.body.build(graph, _Source(source.node, constant=([],)), depth + 1)
-        return self.body.build(graph, _Source(self.header.build(graph, source, depth + 1)), depth + 1)
+            return self.body.build(graph, Source(source.node, constant=([],)), depth + 1)
+        return self.body.build(graph, Source(self.header.build(graph, source, depth + 1)), depth + 1)
 
 
 class SyncCanvasCalls(Generic[R]):
@@ -569,15 +465,6 @@ def _arguments(task: str, args: object, kwargs: object) -> tuple[Any, ...]:
     return tuple(args)  # type: ignore[arg-type]
 
 
-def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    if wrong := [name for name in _NOT_IN_A_CANVAS if options.get(name) is not None]:
-        raise ValueError(
-            f"{wrong[0]} has no meaning for a job of a canvas, which is always a new one; leave it out"
-        )
-    check_option_names("a canvas", options)
-    return {name: value for name, value in options.items() if name not in _NOT_IN_A_CANVAS}
-
-
 def _checked_failure(value: OnMemberFailure) -> OnMemberFailure:
     if value not in ("fail", "skip"):
         raise ValueError(f"on_member_failure must be 'fail' or 'skip', got {shown(value)}")
@@ -590,6 +477,12 @@ def _part(where: str, part: object) -> Canvas[Any]:
             f"{where} takes calls made with task.s(...), chains, groups and chords, got {shown(part)}"
         )
     return part
+
+
+def _handler(handler: Canvas[Any]) -> Signature[Any]:
+    if not isinstance(handler, Signature) or handler.links or handler.error_links:
+        raise TypeError(f"link_error takes a call of one task, made with task.s(...), got {shown(handler)}")
+    return handler
 
 
 def _parts(where: str, parts: Sequence[object]) -> list[Canvas[Any]]:

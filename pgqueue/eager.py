@@ -24,8 +24,9 @@ from pgqueue.context import Request
 from pgqueue.database.connection import adrive, drive
 from pgqueue.enqueue import Client
 from pgqueue.errors import PayloadError, Retry, TaskCancelled, UnknownTask
+from pgqueue.graph import CanvasNode, CanvasRequest
 from pgqueue.hooks import TaskFailed, TaskRetried, TaskStarted, TaskSucceeded
-from pgqueue.job import CanvasNode, CanvasRequest, JobRequest, Progress, current_request
+from pgqueue.job import JobRequest, Progress, current_request
 from pgqueue.result import Outcome
 from pgqueue.retry import Again
 from pgqueue.tracebacks import describe

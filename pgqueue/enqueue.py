@@ -47,7 +47,8 @@ from pgqueue.errors import (
     shown,
 )
 from pgqueue.failpoints import armed, failpoint
-from pgqueue.job import CanvasNode, CanvasRequest, ErrorJob, JobRequest
+from pgqueue.graph import CanvasNode, CanvasRequest, ErrorJob
+from pgqueue.job import JobRequest
 
 if TYPE_CHECKING:
     from pgqueue.database.pool import Database

@@ -7,7 +7,7 @@ import re
 import time
 import uuid
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
@@ -155,63 +155,6 @@ class JobRequest:
     on_conflict: str = "return"
     history: bool = True
     given_id: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorJob:
-    """A job to enqueue when a node of a canvas has failed.
-
-    Attributes:
-        takes_id: The id of the job at fault goes in front of its arguments.
-        own: Only when the node's own job has failed, not one that it waited for.
-    """
-
-    request: JobRequest
-    takes_id: bool = True
-    own: bool = False
-
-
-@dataclass(slots=True)
-class CanvasNode:
-    """A job of a canvas, or a join, which ends when its members have ended.
-
-    Attributes:
-        id: The job's.
-        nth: The order of nodes in the canvas, and so of the members of a join.
-        request: The job; None for a join.
-        after: Id of the node whose success releases the job.
-        member_of: Id of the join that waits for it.
-        takes_result: What `after` gives goes in front of the arguments.
-        keeps_result: Somebody wants its result.
-        skips_failed: Of a join: members that have failed are left out.
-        dead_letter_queue: The label if it cannot run; None for its queue.
-    """
-
-    id: str
-    nth: int
-    request: JobRequest | None = None
-    after: str | None = None
-    member_of: str | None = None
-    takes_result: bool = False
-    keeps_result: bool = False
-    skips_failed: bool = False
-    dead_letter_queue: str | None = None
-    on_error: list[ErrorJob] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class CanvasRequest:
-    """A canvas about to be enqueued.
-
-    Attributes:
-        id: UUIDv7 made by this process.
-        output: Id of the node whose end and result are those of the whole.
-        nodes: What is waited for comes before what waits; a join comes before its members.
-    """
-
-    id: str
-    output: str
-    nodes: tuple[CanvasNode, ...]
 
 
 @dataclass(frozen=True, slots=True)

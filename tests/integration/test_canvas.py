@@ -492,7 +492,12 @@ class TestErrorLinks:
         queue.end(job, **BURY)
         rows = queue.sql("select task, queue, args from pgqueue.jobs")
         assert rows == [{"task": "bad", "queue": "errors", "args": [job.id]}]
-        job = queue.app.send_task("single", (2,), link=queue.s("good"))
+        job = queue.app.send_task("single", (2,), link=queue.s("good"), queue="own", priority=9)
+        assert queue.sql("select queue, priority from pgqueue.jobs order by task") == [
+            {"queue": "errors", "priority": 5},
+            {"queue": "default", "priority": 5},
+            {"queue": "own", "priority": 9},
+        ]
         queue.end(job, 7)
         assert queue.sql("select args from pgqueue.jobs where task = 'good'") == [{"args": [7]}]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 
-from pgqueue import AsyncResult, PgQueue, TaskContext
+from pgqueue import AsyncResult, PgQueue, TaskContext, chain, group
 
 app = PgQueue("typing")
 
@@ -60,6 +60,11 @@ def options() -> None:
     plain.apply_async((1,), priority="high")  # error: arg-type reportArgumentType
     plain.apply_async((1,), on_conflict="ignore")  # error: arg-type reportArgumentType
     plain.s(1).set(prority=1)  # error: call-arg reportCallIssue
+    plain.si("a")  # error: arg-type reportArgumentType
+    plain.si(1, 2)  # error: call-arg reportCallIssue
+    chain(plain)  # error: arg-type reportArgumentType
+    group(plain.s(1), on_member_failure="ignore")  # error: arg-type reportArgumentType
+    chain(plain.s(1)).apply_async(task_id="a")  # error: call-arg reportCallIssue
     app.send_task("a", eta="tomorrow")  # error: arg-type reportArgumentType
 
 

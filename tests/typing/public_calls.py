@@ -19,7 +19,20 @@ import sqlalchemy
 import sqlalchemy.ext.asyncio as sqlalchemy_asyncio
 from sqlalchemy.orm import Session, sessionmaker
 
-from pgqueue import AsyncResult, JobOptions, PgQueue, Request, Signature, TaskContext
+from pgqueue import (
+    AsyncResult,
+    Canvas,
+    CanvasResult,
+    JobOptions,
+    PgQueue,
+    Progress,
+    Request,
+    Signature,
+    TaskContext,
+    chain,
+    chord,
+    group,
+)
 from pgqueue.database.schedules import ScheduleStatus
 from pgqueue.hooks import TaskFailed
 
@@ -171,6 +184,29 @@ def as_values() -> None:
     assert_type(plain.s(1), Signature[str])  # may be partial: checked when it is enqueued
     assert_type(plain.s().set(priority=9, countdown=5), Signature[str])
     assert_type(app.enqueue_many(plain.s(n) for n in range(10)), list[str])
+    assert_type(plain.si(1, text="a"), Signature[str])
+    assert_type(plain.s(1).delay(), AsyncResult[str])
+    assert_type(plain.s()(1), str)
+    assert_type(app.signature("reports.by_name", (1,), queue="reports"), Signature[Any])
+
+
+def as_canvases(session: Session) -> None:
+    assert_type(plain.s(1) | bound.s(), Canvas[Any])
+    assert_type(chain(plain.s(1), bound.s()).delay(), CanvasResult[Any])
+    assert_type(group(plain.s(n) for n in range(3)).apply_async().get(timeout=1), list[Any])
+    assert_type(
+        chord([plain.s(1), plain.s(2)], bound.si(1), on_member_failure="skip").delay(), CanvasResult[Any]
+    )
+    assert_type(group(plain.s(1)).on(session).delay(), CanvasResult[list[Any]])
+    assert_type(chain(plain.s(1)).apply_async(connection=session, queue="a").children, list[AsyncResult[Any]])
+    assert_type(plain.apply_async((1,), link=bound.s(), link_error=[plain.si(1)]), AsyncResult[str])
+    assert_type(app.CanvasResult("a").progress, Progress | None)
+
+
+async def as_async_canvases(connection: psycopg.AsyncConnection[Any]) -> None:
+    assert_type(await chain(plain.s(1), bound.s()).adelay(), CanvasResult[Any])
+    assert_type(await group(plain.s(1)).on(connection).adelay(), CanvasResult[list[Any]])
+    assert_type(await (await group(plain.s(1)).aapply_async()).aget(), list[Any])
 
 
 @app.task

@@ -10,7 +10,7 @@ import pytest
 
 from pgqueue import PayloadError, PgQueue, Signature, chain, chord, group
 from pgqueue.canvas import Canvas
-from pgqueue.job import CanvasNode, CanvasRequest
+from pgqueue.graph import CanvasNode, CanvasRequest
 
 app = PgQueue("tests", task_routes={"elsewhere.*": {"queue": "away", "dead_letter_queue": "lost"}})
 
