@@ -3,11 +3,13 @@ s/celery_app/queue_app/g
 s/= Celery\(/= PgQueue(/
 
 # Imports.
-s/^from celery import Celery$/from pgqueue import PgQueue/
-s/^from celery import Task$/from pgqueue import TaskContext/
+s/^from celery(\.canvas)? import ((Celery|Signature|Task|chain|chord|group|shared_task|, )+)$/from pgqueue import \2/
+s/^(from pgqueue import .*)\bCelery\b/\1PgQueue/
+s/^(from pgqueue import .*)\bTask\b/\1TaskContext/
+s/^(from pgqueue import .*), shared_task$/\1\nfrom .queue_app import queue_app/
+s/^from pgqueue import shared_task$/from .queue_app import queue_app/
 s/^from celery\.result import AsyncResult$/from pgqueue import AsyncResult/
 s/^from celery\.exceptions import (Reject|Retry|SoftTimeLimitExceeded|TimeLimitExceeded)$/from pgqueue import \1/
-s/^from celery import shared_task$/from .queue_app import queue_app/
 
 # Tasks.
 s/@shared_task/@queue_app.task/
@@ -20,6 +22,7 @@ s/self\.request\.hostname/self.request.worker/g
 
 # Calls and results.
 s/task_id=/job_id=/g
+s/\.GroupResult\.restore\(/.CanvasResult(/
 s/\.revoke\((terminate=True)?(, signal="[A-Z]+")?\)/.cancel()/g
 
 # requirements.txt

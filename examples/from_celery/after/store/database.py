@@ -20,6 +20,8 @@ class Order(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     email: Mapped[str]
     cents: Mapped[int]
+    card: Mapped[str]
+    paid: Mapped[bool] = mapped_column(default=False)
     shipped: Mapped[bool] = mapped_column(default=False)
 
 
@@ -30,6 +32,13 @@ class Email(Base):
     order_id: Mapped[int] = mapped_column(ForeignKey("orders.id"))
     recipient: Mapped[str]
     retries: Mapped[int]
+
+
+class Reservation(Base):
+    __tablename__ = "reservations"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    order_id: Mapped[int] = mapped_column(ForeignKey("orders.id"))
 
 
 class Total(Base):

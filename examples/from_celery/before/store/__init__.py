@@ -1,1 +1,1 @@
-"""A small store: orders, e-mails, invoices, a warehouse, and a total that is made again and again."""
+"""A small store: orders, e-mails, invoices, deliveries, and what has come in."""

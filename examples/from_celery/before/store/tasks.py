@@ -6,17 +6,21 @@ import os
 from pathlib import Path
 from typing import Any
 
-from celery import Task
+from celery import Task, chain
 from celery.exceptions import SoftTimeLimitExceeded
 from fpdf import FPDF
 from sqlalchemy import func, select
 
 from .celery_app import celery_app
-from .database import Email, Order, Session, Total
+from .database import Email, Order, Reservation, Session, Total
 
 
 class WarehouseBusy(Exception):
     """It asks to be called again."""
+
+
+class CardDeclined(Exception):
+    """The customer has to say another one."""
 
 
 @celery_app.task(bind=True, autoretry_for=(ConnectionError,), retry_backoff=True, max_retries=5)
@@ -40,6 +44,25 @@ def write_invoice(order_id: int) -> str:
         return "too slow"
 
 
+@celery_app.task
+def reserve(order_id: int) -> int:
+    with Session() as session:
+        session.add(Reservation(order_id=order_id))
+        session.commit()
+    return order_id
+
+
+@celery_app.task
+def charge(order_id: int) -> int:
+    with Session() as session:
+        order = session.get_one(Order, order_id)
+        if order.card == "expired":
+            raise CardDeclined(f"the card of order {order_id} has expired")
+        order.paid = True
+        session.commit()
+    return order_id
+
+
 @celery_app.task(bind=True, max_retries=20, default_retry_delay=1)
 def ship(self: Task[Any, Any], order_id: int) -> bool:
     try:
@@ -50,6 +73,10 @@ def ship(self: Task[Any, Any], order_id: int) -> bool:
         session.get_one(Order, order_id).shipped = True
         session.commit()
     return True
+
+
+def deliver(order_id: int) -> chain:
+    return chain(reserve.s(order_id), charge.s(), ship.s().set(countdown=1, expires=3600))
 
 
 @celery_app.task
@@ -63,6 +90,18 @@ def add_up() -> None:
         count, cents = session.execute(select(func.count(), func.coalesce(func.sum(Order.cents), 0))).one()
         session.add(Total(orders=count, cents=cents))
         session.commit()
+
+
+@celery_app.task
+def read_till(name: str) -> int:
+    return int((Path(os.environ.get("TILLS", ".")) / f"{name}.txt").read_text())
+
+
+@celery_app.task
+def report(tills: list[int]) -> str:
+    with Session() as session:
+        paid = session.scalar(select(func.sum(Order.cents)).where(Order.paid)) or 0
+    return f"tills {sum(tills)}, orders {paid}"
 
 
 def print_pdf(order_id: int, text: str) -> Path:
