@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib.util
 import inspect
 import os
 import re
@@ -42,36 +41,6 @@ DATA = ROOT / "docs" / "celery-table.txt"
 PAGE = ROOT / "docs" / "moving-from-celery.md"
 WRITE = bool(os.environ.get("PGQUEUE_WRITE_DOCS"))
 VERDICTS = {"same": "same", "different": "different", "no": "not there"}
-
-HAS_CANVAS = importlib.util.find_spec("pgqueue.canvas") is not None
-PENDING_CANVAS = {
-    "call:link",
-    "call:link_error",
-    "name:chain",
-    "name:chord",
-    "name:group",
-    "py:CanvasResult.cancel",
-    "py:CanvasResult.children",
-    "py:CanvasResult.failed",
-    "py:CanvasResult.get",
-    "py:CanvasResult.id",
-    "py:CanvasResult.progress",
-    "py:CanvasResult.ready",
-    "py:CanvasResult.successful",
-    "py:PgQueue.CanvasResult",
-    "py:PgQueue.signature",
-    "py:Signature.apply_async",
-    "py:Signature.clone",
-    "py:Signature.delay",
-    "py:Signature.immutable",
-    "py:Signature.link",
-    "py:Signature.link_error",
-    "py:Signature.on_error",
-    "py:Task.si",
-    "`pgqueue canvas show ID`",
-    "`pgqueue canvas show`",
-}
-"""What is not looked for as long as there is no `pgqueue.canvas`."""
 
 SAMPLES: dict[str, Any] = {
     "autoretry_for": (OSError,),
@@ -175,8 +144,7 @@ def test_every_row_is_whole() -> None:
         or row.text.count("`") % 2
     ]
     assert wrong == []
-    silent = [row.shown for row in ROWS if row.verdict == "different" and not row.text]
-    assert [each for each in silent if "link" not in each] == [], "how different?"
+    assert [row.shown for row in ROWS if row.verdict == "different" and not row.text] == [], "how different?"
 
 
 def test_the_version_is_the_one_that_the_page_names() -> None:
@@ -235,7 +203,7 @@ def accepts_call_option(name: str) -> bool:
 
     if name in ("args", "kwargs", "connection"):
         return name in inspect.signature(send.apply_async).parameters
-    value = getattr(send, "si", send.s)() if name.startswith("link") else SAMPLES.get(name, 5)
+    value = send.si() if name.startswith("link") else SAMPLES.get(name, 5)
     with app.eager():
         try:
             options: dict[str, Any] = {name: value}
@@ -258,6 +226,8 @@ def sample(owner: str, app: PgQueue) -> object:
         "Request": request,
         "TaskContext": TaskContext(task, request),
         "AsyncResult": AsyncResult,
+        "group": pgqueue.group(task.s()),
+        "chord": pgqueue.chord([task.s()], task.s()),
     }
     return samples[owner] if owner in samples else getattr(pgqueue, owner)
 
@@ -285,15 +255,10 @@ def has_command(words: list[str]) -> bool:
 
 
 def test_what_the_rows_say_we_have_is_there(app: PgQueue) -> None:
-    checked = [row for row in ROWS if row.claim and (HAS_CANVAS or row.claim not in PENDING_CANVAS)]
+    checked = [row for row in ROWS if row.claim]
     missing = [f"{row.shown}: {row.claim}" for row in checked if not is_there(row.claim, app)]
     assert missing == []
     assert len(checked) > 100
-
-
-def test_what_is_not_there_yet_is_only_what_comes_with_canvases(app: PgQueue) -> None:
-    claims = {row.claim for row in ROWS} | set(inline_commands())
-    assert claims >= PENDING_CANVAS
 
 
 @pytest.mark.parametrize(
@@ -326,8 +291,6 @@ def test_rows_and_hints_of_errors_agree(kind: str) -> None:
     problems = []
     for name in celerys()[section]:
         (row,) = matching(section, name)
-        if not HAS_CANVAS and row.claim in PENDING_CANVAS:
-            continue
         if name in ours and (row.verdict == "no" or name in hints):
             problems.append(f"{name} is an option")
         if name not in ours and row.verdict == "same":
@@ -425,8 +388,6 @@ def inline_commands() -> list[str]:
 def test_commands_in_the_tables_parse() -> None:
     problems = []
     for found in inline_commands():
-        if not HAS_CANVAS and found in PENDING_CANVAS:
-            continue
         line = found.strip("`").removeprefix("pgqueue ").replace("ID", str(uuid4()))
         arguments = shlex.split(line)
         if has_command(arguments):
@@ -463,8 +424,7 @@ def test_states_are_those_of_both() -> None:
     theirs = [name for row in rows for name in quoted(row[0])]
     assert sorted(theirs) == sorted({*celery.states.ALL_STATES})
     ours = {name for row in rows for name in quoted(row[1])}
-    pending = set() if HAS_CANVAS else {"blocked"}
-    assert ours - pending == {*LIVE_STATES, *FINISHED_STATES, "dead", "unknown"}
+    assert ours == {*LIVE_STATES, *FINISHED_STATES, "dead", "unknown"}
 
 
 def test_python_of_the_page_names_what_is_there() -> None:
@@ -476,4 +436,4 @@ def test_python_of_the_page_names_what_is_there() -> None:
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and node.module == "pgqueue":
                 missing += [each.name for each in node.names if each.name not in pgqueue.__all__]
-    assert [each for each in missing if HAS_CANVAS or f"name:{each}" not in PENDING_CANVAS] == []
+    assert missing == []
