@@ -9,14 +9,17 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from pgqueue import JobFailed, PgQueue, chain
 from tests.acceptance.workers import PACKAGE, Gate, Jobs, Ledger, Workers, eventually
 
 PAGE = PACKAGE / "docs" / "moving-from-celery.md"
-ACCEPTANCE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def test_two_workers_share_three_jobs(jobs: Jobs, workers: Workers, ledger: Ledger, gate: Gate) -> None:
@@ -61,16 +64,45 @@ def test_a_queue_of_its_own_with_one_slot_runs_one_at_a_time(
     assert [entry["event"] for entry in in_order] == ["start", "end"] * 6
 
 
+def test_what_is_linked_runs_once(db: str, jobs: Jobs, workers: Workers, ledger: Ledger) -> None:
+    workers.start("-c", "2", app="canvas_app:app")
+    with closing(PgQueue("client", dsn=db)) as app:
+        add, double = app.signature("canvas_app.add"), app.signature("canvas_app.double")
+        tell = app.signature("canvas_app.handle", args=("failed",))
+        links = [add.clone((10,)), chain(add.clone((20,)), double)]
+        fine = add.apply_async((1, 1), link=links, link_error=tell)
+        wrong = app.signature("canvas_app.fails_until").apply_async(
+            ("/nowhere",), link=add.clone((30,)), link_error=tell
+        )
+        assert fine.get(timeout=30) == 2
+        with pytest.raises(JobFailed, match="/nowhere is not there"):
+            wrong.get(timeout=30)
+        eventually(lambda: jobs.sql("select 1 from pgqueue.jobs") == [], "what is linked has ended")
+    ends = jobs.sql("select task, state, result from pgqueue.all_jobs")
+    # With the result in front; what was to follow the failed one has not run.
+    assert Counter((row["task"].partition(".")[2], row["state"], row["result"]) for row in ends) == Counter(
+        [
+            *(("add", "succeeded", number) for number in (2, 12, 22)),
+            ("double", "succeeded", 44),
+            ("fails_until", "dead", None),
+            ("add", "dead", None),
+            ("handle", "succeeded", wrong.id),
+        ]
+    )
+    assert [entry["failed"] for entry in ledger.entries() if entry["label"] == "failed"] == [wrong.id]
+    assert ledger.labels().count("add") == 3
+
+
 def scenes() -> list[tuple[str, str, list[str]]]:
     """What the page's table has: a scene, what to type or write, and the tests that play it."""
     table = PAGE.read_text(encoding="utf-8").partition("## Scenes")[2].partition("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ")]
-    return [(row[0].strip(), row[1], re.findall(r"`([\w.]+::[\w:]+)`", row[-1])) for row in rows[1:]]
+    return [(row[0].strip(), row[1], re.findall(r"`([\w./]+::[\w:]+)`", row[-1])) for row in rows[1:]]
 
 
 def test_every_scene_of_the_page_has_a_test_that_is_collected() -> None:
-    named = {test for _, _, tests in scenes() for test in tests}
-    files = sorted({str(ACCEPTANCE / test.partition("::")[0]) for test in named})
+    named = {test if "/" in test else f"acceptance/{test}" for _, _, tests in scenes() for test in tests}
+    files = sorted({str(TESTS / test.partition("::")[0]) for test in named})
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files],
         cwd=PACKAGE,
@@ -81,9 +113,7 @@ def test_every_scene_of_the_page_has_a_test_that_is_collected() -> None:
     )
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
     collected = {
-        line.partition("[")[0].removeprefix("tests/acceptance/")
-        for line in found.stdout.splitlines()
-        if "::" in line
+        line.partition("[")[0].removeprefix("tests/") for line in found.stdout.splitlines() if "::" in line
     }
     assert named - collected == set()
     silent = [scene for scene, _, tests in scenes() if not tests and "not there" not in scene]
