@@ -361,11 +361,11 @@ class group(Canvas[list[Any]]):
         return chord(self, _part("|", other))
 
     def parts(self) -> Iterable[Canvas[Any]]:
+        if not self.members:
+            raise ValueError("a group needs at least one member")
         return self.members
 
     def build_parts(self, graph: Graph, source: Source, depth: int) -> CanvasNode:
-        if not self.members:
-            raise ValueError("a group needs at least one member")
         join = graph.join(self.on_member_failure)
         for member in self.members:
             member.build(graph, source, depth + 1).member_of = join.id

@@ -766,7 +766,7 @@ CALLS: Mapping[str, Sequence[tuple[str, str, str]]] = {
         ("chain(send)", "TypeError", "send"),
         ("chain(send.s(1), 5)", "TypeError", "5"),
         ("chain('send', 'send').delay()", "TypeError", "'send'"),
-        ("group().delay()", "ValueError", "s(...)"),
+        ("group().delay()", "ValueError", "member"),
         ("group([send.s(1), None])", "TypeError", "None"),
         ("group(send.s(1), on_member_failure='ignore')", "ValueError", "ignore"),
         ("chord([send.s(1)]).delay()", "TypeError", "body"),

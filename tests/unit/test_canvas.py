@@ -203,6 +203,8 @@ class TestRefused:
             chain()
         with pytest.raises(ValueError, match="a group needs at least one member"):
             graph(chain(add.s(1, 1), group()))
+        with pytest.raises(ValueError, match="a group needs at least one member"):
+            graph(group([]))
         with pytest.raises(TypeError, match="a chord needs a body"):
             graph(chord([add.s(1, 1)]))
 
