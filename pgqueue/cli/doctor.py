@@ -11,6 +11,7 @@ from typing import Any, Final
 import click
 from rich.text import Text
 
+from pgqueue import __version__
 from pgqueue.cli.context import Context
 from pgqueue.cli.options import Duration, json_option, who
 from pgqueue.cli.output import clean, plural, progress_bar, show, show_json, table
@@ -55,7 +56,8 @@ reached, 5 if the schema is missing or at a revision that this release does not 
     "--fix",
     "fixes",
     is_flag=True,
-    help="Do what is safe: make partitions, set storage settings, vacuum; each is written to the audit log.",
+    help="Do what is safe: make partitions, set storage settings, vacuum, end canvases that hang; each act "
+    "is written to the audit log.",
 )
 @click.option(
     "--fail-on",
@@ -105,7 +107,12 @@ def doctor(
         with (
             progress_bar("looking", len(names), shown=True) as advance,
             open_visit(
-                dsn, schema=config.schema, listen=config.listen, listen_dsn=config.listen_dsn, old=older_than
+                dsn,
+                schema=config.schema,
+                listen=config.listen,
+                listen_dsn=config.listen_dsn,
+                old=older_than,
+                release=__version__,
             ) as visit,
         ):
             checks = examine(visit, names, advance)
@@ -138,7 +145,8 @@ def _list(names: list[str], *, as_json: bool) -> None:
 
 def _document(check: Check) -> dict[str, Any]:
     findings = [
-        {name: value for name, value in asdict(each).items() if name != "atomic"} for each in check.findings
+        {name: value for name, value in asdict(each).items() if name not in ("atomic", "act")}
+        for each in check.findings
     ]
     return {
         "name": check.name,

@@ -488,6 +488,7 @@ def test_revisions(fresh_dsn: str) -> None:
     assert report.finding("revision")["level"] == "warning"
     assert report.finding("revision")["mend"] == "pgqueue migrate"
     assert "revision 0005" in report.checks["schedules"]["skipped"]
+    assert "revision 0011" in report.checks["canvases"]["skipped"]
     assert report.checks["drift"]["level"] == "skipped"
     assert report.checks["partitions"]["level"] == "ok"
 

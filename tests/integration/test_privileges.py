@@ -13,9 +13,10 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 import pytest
 
-from pgqueue import PermissionDenied, PgQueue
+from pgqueue import PermissionDenied, PgQueue, chain
 from pgqueue.database import jobs
 from pgqueue.database.audit import ActFilter, list_acts
+from pgqueue.database.doctor.examine import examine, fix, open_visit
 from pgqueue.database.session import open_session
 from pgqueue.job import DeadFilter, JobFilter, new_id
 from tests.integration.test_audit import ACTS, bury
@@ -81,6 +82,17 @@ def test_an_operator_may_look_and_prune(db: str, roles: dict[str, str]) -> None:
         assert operator.retention.plan().empty
         assert operator.retention.prune(by="ann").days == 0
         assert operator.retention.remove(task="t", by="ann")
+
+
+def test_an_operator_may_end_canvases_that_hang(db: str, roles: dict[str, str]) -> None:
+    with closing(app_of(db)) as owner, psycopg.connect(db, autocommit=True) as connection:
+        canvas = chain(owner.signature("t"), owner.signature("t")).delay()
+        connection.execute("truncate pgqueue.jobs")
+        with open_visit(roles["operator"]) as visit:
+            (check,) = examine(visit, ["canvases"])
+            fix(visit, check, by="ann")
+        (finding,) = check.findings
+        assert (finding.fixed, finding.refused, canvas.state) == (True, None, "cancelled")
 
 
 def test_a_role_without_grants_is_told_what_it_lacks(roles: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 import psycopg
 
-from pgqueue.database.doctor import schema, server, storage, work
+from pgqueue.database.doctor import canvases, schema, server, storage, work
 from pgqueue.database.doctor.report import Check, Finding, identifier
 from pgqueue.database.doctor.visit import Seen, Visit
 from pgqueue.database.dsn import one_line
@@ -74,6 +74,7 @@ CHECKS: Final[dict[str, Look]] = {
     "queues": Look(work.check_queues, "queues that nobody serves, and paused ones"),
     "tasks": Look(work.check_tasks, "waiting jobs whose task no worker knows"),
     "schedules": Look(work.check_schedules, "schedules that do not fire"),
+    "canvases": Look(canvases.check_canvases, "canvases that can never end"),
     "dead-letters": Look(work.check_dead_letters, "jobs that have died in the last hour"),
 }
 """All of them, in the order in which they are made."""
@@ -219,6 +220,13 @@ def fix(visit: Visit, check: Check, *, by: str) -> None:
 
 def _mend(visit: Visit, name: str, finding: Finding, by: str) -> None:
     session = visit.session
+    if finding.act is not None:
+        undone = finding.act()
+        with session.transaction():
+            _look_again(visit, name, finding, by)
+        if finding.fixed and undone is not None:
+            finding.fixed, finding.refused = False, f"done, but {undone}"
+        return
     if finding.atomic:
         with session.transaction():
             session.connection.execute(finding.mend.encode())

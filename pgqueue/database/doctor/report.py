@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -20,8 +21,9 @@ class Finding:
         mend: The command that mends it: of a shell, or SQL.
         subject: What it is about; with the check's name it tells findings apart.
         facts: The values, for programs.
-        fixable: `mend` is one SQL statement, safe to run now and to run again.
+        fixable: `mend` is one SQL statement, safe to run now and to run again; or there is an `act`.
         atomic: It runs in a transaction; VACUUM does not.
+        act: What --fix does instead, where it takes several transactions; returns what is left undone.
         fixed: It was run, and the check does not find it any more.
         refused: Why it could not be run, or did not help.
     """
@@ -34,6 +36,7 @@ class Finding:
     facts: dict[str, Any] = field(default_factory=dict)
     fixable: bool = False
     atomic: bool = True
+    act: Callable[[], str | None] | None = None
     fixed: bool = False
     refused: str | None = None
 

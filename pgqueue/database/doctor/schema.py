@@ -25,6 +25,7 @@ OPERATE: Final[dict[str, tuple[str, ...]]] = {
     "finished_jobs": ("INSERT",),
     "audit_log": ("INSERT", "UPDATE", "DELETE"),
     "schedules": ("INSERT", "UPDATE"),
+    "canvas_nodes": ("UPDATE",),
 }
 OPERATE_FUNCTIONS: Final = (
     *("wake_workers", "cancel", "pause_queue", "resume_queue", "requeue", "purge_dead_letters"),

@@ -29,6 +29,7 @@ class Visit:
         listen: Whether workers are to listen for notifications.
         listen_dsn: Where, if that is not the `dsn`.
         old: Seconds after which a transaction is called old; twelve times that is an error.
+        release: The version of this release.
     """
 
     session: Session
@@ -36,6 +37,7 @@ class Visit:
     listen: bool = True
     listen_dsn: str | None = None
     old: float = 300.0
+    release: str = ""
     _found: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, look: Callable[[], Any]) -> Any:
