@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pgqueue.result import AsyncResult, CanvasResult
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 MOST_NESTED: Final = 32
 """Levels: the database puts nested results together by recursion."""
@@ -65,11 +66,23 @@ class Canvas(Generic[R]):
         if depth > MOST_NESTED:
             raise ValueError(f"a canvas is nested at most {MOST_NESTED} levels deep")
         output = self.build_parts(graph, source, depth)
-        for link in self.links:
-            link.build(graph, Source(output), depth + 1)
-        for handler in self.error_links:
-            output.on_error.append(graph.error_job(_handler(handler), own=isinstance(self, Signature)))
+        self.build_links(graph, output, self.links, self.error_links, depth)
         return output
+
+    def build_links(
+        self,
+        graph: Graph,
+        output: CanvasNode,
+        links: Iterable[Canvas[Any]],
+        handlers: Iterable[Canvas[Any]],
+        depth: int,
+    ) -> None:
+        """What runs when it has ended; options of the whole are not meant for that."""
+        with graph.without_options():
+            for link in links:
+                link.build(graph, Source(output), depth + 1)
+            for handler in handlers:
+                output.on_error.append(graph.error_job(_handler(handler), own=isinstance(self, Signature)))
 
     def build_parts(self, graph: Graph, source: Source, depth: int) -> CanvasNode:
         raise NotImplementedError
@@ -139,10 +152,10 @@ class Canvas(Generic[R]):
         return await self._aenqueue(args, kwargs or {}, options, caller)
 
     @overload
-    def on(self, connection: SyncConnection) -> SyncCanvasCalls[R]: ...
+    def on(self, connection: SyncConnection) -> SyncCanvasCalls[CanvasResult[R]]: ...
     @overload
-    def on(self, connection: AsyncConnection) -> AsyncCanvasCalls[R]: ...
-    def on(self, connection: object) -> SyncCanvasCalls[R] | AsyncCanvasCalls[R]:
+    def on(self, connection: AsyncConnection) -> AsyncCanvasCalls[CanvasResult[R]]: ...
+    def on(self, connection: object) -> SyncCanvasCalls[CanvasResult[R]] | AsyncCanvasCalls[CanvasResult[R]]:
         """The calls that enqueue it in this connection's open transaction, see `Task.on`."""
         caller = recognise(connection)
         return (
@@ -160,10 +173,8 @@ class Canvas(Generic[R]):
         app = _app_of(self)
         graph = Graph(app, args, kwargs, wanted)
         output = self.build(graph, Source(), 1)
-        for link in _listed("link", options.get("link")):
-            link.build(graph, Source(output), 2)
-        for handler in _listed("link_error", options.get("link_error")):
-            output.on_error.append(graph.error_job(_handler(handler), own=False))
+        links = _listed("link", options.get("link"))
+        self.build_links(graph, output, links, _listed("link_error", options.get("link_error")), 1)
         return app, graph.request(output)
 
     def _enqueue(
@@ -206,7 +217,9 @@ class Signature(Canvas[R]):
         super().__init__()
         self.task = task
         self.args = args if type(args) is tuple else _arguments(task, args, kwargs)
-        self.kwargs = kwargs or {}
+        self.kwargs: Mapping[str, Any] = {} if kwargs is None else kwargs
+        if type(self.kwargs) is dict:
+            self.kwargs = dict(self.kwargs)  # the caller's may change
         self.options = options or {}
         self.app = app
         self.immutable = immutable
@@ -245,6 +258,9 @@ class Signature(Canvas[R]):
         copy.links, copy.error_links = list(self.links), list(self.error_links)
         return copy
 
+    def __deepcopy__(self, memo: object) -> Signature[R]:
+        return self.clone()
+
     def __call__(self, *args: Any, **kwargs: Any) -> R:
         """Run the function here and now, without a job."""
         result: R = _app_of(self).find_task(self.task)(*args, *self.args, **{**self.kwargs, **kwargs})
@@ -255,6 +271,11 @@ class Signature(Canvas[R]):
 
     if TYPE_CHECKING:
         # One job is no canvas: these give the job's own result.
+        @overload  # type: ignore[override]
+        def on(self, connection: SyncConnection) -> SyncCanvasCalls[AsyncResult[R]]: ...
+        @overload
+        def on(self, connection: AsyncConnection) -> AsyncCanvasCalls[AsyncResult[R]]: ...
+        def on(self, connection: Any) -> Any: ...
         def delay(self, *args: Any, **kwargs: Any) -> AsyncResult[R]: ...  # type: ignore[override]
         async def adelay(self, *args: Any, **kwargs: Any) -> AsyncResult[R]: ...  # type: ignore[override]
         def apply_async(  # type: ignore[override]
@@ -392,7 +413,9 @@ class chord(Canvas[Any]):
         super().__init__()
         self.header = header if isinstance(header, group) else group(*_parts("chord", (header,)))
         if on_member_failure is not None:
-            self.header = group(*self.header.members, on_member_failure=on_member_failure)
+            linked = self.header
+            self.header = group(*linked.members, on_member_failure=on_member_failure)
+            self.header.links, self.header.error_links = linked.links, linked.error_links
         self.body = None if body is None else _part("chord", body)
 
     def __repr__(self) -> str:
@@ -415,42 +438,46 @@ class chord(Canvas[Any]):
         return self.body.build(graph, Source(self.header.build(graph, source, depth + 1)), depth + 1)
 
 
-class SyncCanvasCalls(Generic[R]):
+class SyncCanvasCalls(Generic[T]):
     """What `.on(connection)` of a canvas gives for a sync connection."""
 
-    def __init__(self, canvas: Canvas[R], caller: SyncCaller) -> None:
-        self._canvas = canvas
+    def __init__(self, canvas: Canvas[Any], caller: SyncCaller) -> None:
+        self._canvas: Any = canvas
         self._caller = caller
 
-    def delay(self, *args: Any, **kwargs: Any) -> CanvasResult[R]:
+    def delay(self, *args: Any, **kwargs: Any) -> T:
         """Enqueue it in the connection's open transaction."""
-        return self._canvas._enqueue(args, kwargs, {}, self._caller)
+        result: T = self._canvas._enqueue(args, kwargs, {}, self._caller)
+        return result
 
     def apply_async(
         self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Unpack[JobOptions]
-    ) -> CanvasResult[R]:
+    ) -> T:
         """Enqueue it with options in the connection's open transaction."""
         check_option_names("apply_async", options)
-        return self._canvas._enqueue(args, kwargs or {}, options, self._caller)
+        result: T = self._canvas._enqueue(args, kwargs or {}, options, self._caller)
+        return result
 
 
-class AsyncCanvasCalls(Generic[R]):
+class AsyncCanvasCalls(Generic[T]):
     """What `.on(connection)` of a canvas gives for an async connection."""
 
-    def __init__(self, canvas: Canvas[R], caller: AsyncCaller) -> None:
-        self._canvas = canvas
+    def __init__(self, canvas: Canvas[Any], caller: AsyncCaller) -> None:
+        self._canvas: Any = canvas
         self._caller = caller
 
-    async def adelay(self, *args: Any, **kwargs: Any) -> CanvasResult[R]:
+    async def adelay(self, *args: Any, **kwargs: Any) -> T:
         """Enqueue it in the connection's open transaction."""
-        return await self._canvas._aenqueue(args, kwargs, {}, self._caller)
+        result: T = await self._canvas._aenqueue(args, kwargs, {}, self._caller)
+        return result
 
     async def aapply_async(
         self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Unpack[JobOptions]
-    ) -> CanvasResult[R]:
+    ) -> T:
         """Enqueue it with options in the connection's open transaction."""
         check_option_names("aapply_async", options)
-        return await self._canvas._aenqueue(args, kwargs or {}, options, self._caller)
+        result: T = await self._canvas._aenqueue(args, kwargs or {}, options, self._caller)
+        return result
 
 
 def without_links(call: str, request: Signature[Any]) -> Signature[Any]:
@@ -513,8 +540,12 @@ def _app_of(canvas: Canvas[Any]) -> Application:
     """The application of its signatures."""
     found: Application | None = None
     waiting = [canvas]
+    seen: set[int] = set()
     while waiting:
         part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
         if isinstance(part, Signature) and part.app is not None:
             if found is not None and part.app is not found:
                 raise ValueError(

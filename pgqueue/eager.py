@@ -26,7 +26,7 @@ from pgqueue.enqueue import Client
 from pgqueue.errors import PayloadError, Retry, TaskCancelled, UnknownTask
 from pgqueue.graph import CanvasNode, CanvasRequest
 from pgqueue.hooks import TaskFailed, TaskRetried, TaskStarted, TaskSucceeded
-from pgqueue.job import JobRequest, Progress, current_request
+from pgqueue.job import JobRequest, Progress, State, current_request
 from pgqueue.result import Outcome
 from pgqueue.retry import Again
 from pgqueue.tracebacks import describe
@@ -180,8 +180,9 @@ class Eager(Client):
             if node.request is None:
                 continue
             before = None if node.after is None else end_of(nodes[node.after])
-            if before is not None and before.state != "succeeded":
-                ends[node.id] = _not_run(before)
+            lacks = before is not None and node.takes_result and before.result_error is not None
+            if before is not None and (lacks or before.state != "succeeded"):
+                ends[node.id] = _not_run(before, node.after)
                 self._ends.keep(node.id, ends[node.id])
             else:
                 job = node.request
@@ -189,9 +190,12 @@ class Eager(Client):
                     job = replace(job, args=_in_front(before.result or "null", job.args))
                 yield from self._job(job, caller)
                 ends[node.id] = self._ends.outcome(node.id)
+        spared = {node.id for node in request.nodes if self._was_cancelled(end_of(node).fault)}
         for node in request.nodes:
             end = end_of(node)
             for handler in node.on_error:
+                if node.id in spared:
+                    continue
                 if end.state in ("dead", "expired") and (not handler.own or end.reason != "member_failed"):
                     job = handler.request
                     fault = json.dumps(end.fault or node.id)
@@ -199,7 +203,13 @@ class Eager(Client):
                         replace(job, args=_in_front(fault, job.args)) if handler.takes_id else job, caller
                     )
         jobs = [node.id for node in request.nodes if node.request is not None]
-        self._ends.keep_canvas(request.id, end_of(nodes[request.output]), jobs)
+        whole = end_of(nodes[request.output])
+        if whole.state == "dead" and whole.fault in ends and ends[whole.fault].state == "dead":
+            whole = replace(ends[whole.fault], fault=whole.fault)
+        self._ends.keep_canvas(request.id, whole, jobs)
+
+    def _was_cancelled(self, job_id: str | None) -> bool:
+        return job_id is not None and self._ends.outcome(job_id).state == "cancelled"
 
     def _job(
         self, request: JobRequest, caller: SyncCaller | AsyncCaller | None
@@ -254,14 +264,19 @@ def _joined(join: CanvasNode, members: list[tuple[CanvasNode, Outcome]]) -> Outc
     ]
     if failed and not join.skips_failed:
         member, end = failed[0]
-        return replace(end, state="dead", fault=end.fault or member.id)
-    results = [end.result or "null" for _, end in members if end.state == "succeeded"]
+        cancelled = all(end.state == "cancelled" for _, end in failed)
+        reason = end.reason or "member_failed"
+        state: State = "cancelled" if cancelled else "dead"
+        return replace(end, state=state, reason=reason, result_error=None, fault=end.fault or member.id)
+    left_out = {member.id for member, _ in failed}
+    results = [end.result or "null" for member, end in members if member.id not in left_out]
     return Outcome("succeeded", f"[{','.join(results)}]")
 
 
-def _not_run(before: Outcome) -> Outcome:
-    why = f"what it waits for did not succeed: {before.error_message or before.state}"
-    return Outcome("dead", None, None, "member_failed", "MemberFailed", why, None, before.fault)
+def _not_run(before: Outcome, waited_for: str | None) -> Outcome:
+    wrong = before.error_message or before.result_error or before.state
+    why = f"what it waits for did not succeed: {wrong}"
+    return Outcome("dead", None, None, "member_failed", "MemberFailed", why, None, before.fault or waited_for)
 
 
 def _in_front(value: str, args: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
@@ -131,6 +132,15 @@ class Graph:
         self._kwargs = kwargs
         self._options = {name: value for name, value in options.items() if name not in _START}
         self._start_options = options
+
+    @contextmanager
+    def without_options(self) -> Iterator[None]:
+        """In the block, jobs have their own options only."""
+        given, self._options = self._options, {}
+        try:
+            yield
+        finally:
+            self._options = given
 
     def job(self, call: Call, source: Source) -> CanvasNode:
         """The node of one call."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, TypeVar
@@ -27,6 +28,7 @@ from pgqueue.errors import (
     JobExpired,
     JobFailed,
     JobNotFound,
+    PermissionDenied,
     ResultError,
     ResultUnavailable,
     shown,
@@ -102,18 +104,18 @@ class AsyncResult(Generic[R_co]):
     @property
     def state(self) -> State:
         """A job's state, or `unknown`: not committed, pruned, or never there."""
-        return self._look().state
+        return self._glance().state
 
     def ready(self) -> bool:
         """Whether it has ended, one way or another."""
-        return self._look().ended
+        return self._glance().ended
 
     def successful(self) -> bool:
-        return self._look().state == "succeeded"
+        return self._glance().state == "succeeded"
 
     def failed(self) -> bool:
         """Whether it is a dead letter."""
-        return self._look().state == "dead"
+        return self._glance().state == "dead"
 
     @property
     def result(self) -> Any:
@@ -213,6 +215,10 @@ class AsyncResult(Generic[R_co]):
             left = pause if timeout is None else start + timeout - now
             yield Pause(min(pause, left))
             pause = min(pause * 1.5, LAST_POLL)
+
+    def _glance(self) -> Outcome:
+        """A look that need not bring the result."""
+        return self._look()
 
     def _look(self) -> Outcome:
         if self._succeeded is not None:
@@ -314,17 +320,24 @@ class CanvasResult(AsyncResult[R_co]):
             to end. `too_late`: nothing was left, or there is no such canvas.
         """
         answer = super().cancel(reason)
-        self._database().run(self._settle)
+        with suppress(PermissionDenied):
+            self._database().run(self._settle)
         return answer
 
     async def acancel(self, reason: str | None = None) -> Literal["cancelled", "requested", "too_late"]:
         """`cancel`, awaited."""
         answer = await super().acancel(reason)
-        await self._database().arun(self._settle)
+        with suppress(PermissionDenied):
+            await self._database().arun(self._settle)
         return answer
 
-    def _find(self, channel: Channel) -> Steps[Outcome]:
-        rows = yield Statement("find_canvas", {"id": self._id})
+    def _glance(self) -> Outcome:
+        if self._succeeded is not None:
+            return self._succeeded
+        return drive(_twice(), lambda _: self._database().run(partial(self._find, value=False)))
+
+    def _find(self, channel: Channel, *, value: bool = True) -> Steps[Outcome]:
+        rows = yield Statement("find_canvas", {"id": self._id, "value": value})
         return Outcome(*rows[0]) if rows else Outcome("unknown")
 
     def _find_progress(self, channel: Channel) -> Steps[Progress | None]:
@@ -343,10 +356,9 @@ class CanvasResult(AsyncResult[R_co]):
         return answer
 
     def _settle(self, channel: Channel) -> Steps[None]:
-        """After the cancel is committed: see revision 0011. Workers do it too, seconds later."""
+        """After the cancel is committed: see revision 0011. Workers do the rest, seconds later."""
         rows = yield Statement("list_canvas_jobs", {"id": self._id})
-        ids = "{" + ",".join(row[0] for row in rows) + "}"
-        yield Statement("settle_canvases", {"ids": ids})
+        yield Statement("settle_canvases", {"ids": "{" + ",".join(row[0] for row in rows) + "}"})
 
 
 def _read_reason(reason: object) -> str | None:

@@ -35,23 +35,27 @@ END $$;
 """
 
 TABLES = r"""
--- output: the node whose end and result are those of the whole.
+-- output: the node whose end and result are those of the whole. begun_by: the transaction that enqueued it, the only one that
+-- may add nodes. state, ended_at: the output's end. failed: found to have dead jobs when it was to be forgotten, and kept longer.
 CREATE TABLE {schema}.canvases (
     id          uuid PRIMARY KEY,
     output      uuid NOT NULL,
     jobs        integer NOT NULL,
+    begun_by    bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint,
     enqueued_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     enqueued_by text NOT NULL DEFAULT session_user,
-    ended_at    timestamptz
+    state       text COLLATE "C",
+    ended_at    timestamptz,
+    failed      boolean NOT NULL DEFAULT false
 ) WITH (fillfactor = 70);
-CREATE INDEX canvases_ended ON {schema}.canvases (ended_at) WHERE ended_at IS NOT NULL;
+CREATE INDEX canvases_ended ON {schema}.canvases (failed, ended_at) WHERE ended_at IS NOT NULL;
 CREATE INDEX canvases_enqueued ON {schema}.canvases (enqueued_at);
 
 -- One row per job, with the id of the job, and per join: what ends when all its members have ended. Members end each in a row
 -- of its own, so ten thousand of them never wait for each other.
 -- nth: the order of nodes in the canvas, and so of the members of a join. after: the node whose success releases the job.
 -- member_of: the join that waits for it. takes_result: what `after` gives is put in front of the args. keeps_result: somebody
--- wants the result. skips_failed: the join leaves out members that did not succeed. countdown, expires_in: seconds from the
+-- wants the result; size: its bytes as text. skips_failed: the join leaves out members that did not succeed. countdown, expires_in: seconds from the
 -- release on. on_error: jobs to enqueue when it has failed. cause: the job that is at fault. released: nothing is left to do
 -- for it when `after` succeeds. passed_on: what waits for it has been told of its end.
 CREATE TABLE {schema}.canvas_nodes (
@@ -73,6 +77,7 @@ CREATE TABLE {schema}.canvas_nodes (
     error             text,
     released          boolean NOT NULL DEFAULT false,
     passed_on         boolean NOT NULL DEFAULT false,
+    size              integer,
     result            jsonb,
     CONSTRAINT canvas_nodes_state_known CHECK (state IN ('succeeded', 'cancelled', 'expired', 'dead'))
 ) WITH (
@@ -114,6 +119,7 @@ BEGIN
     END IF;
     UPDATE canvas_nodes n
     SET state = ended.state, passed_on = false, result = CASE WHEN n.keeps_result THEN ended.result END,
+        size = CASE WHEN n.keeps_result THEN octet_length(ended.result::text) END,
         error = CASE WHEN n.keeps_result OR ended.state <> 'succeeded' THEN ended.error END,
         cause = CASE WHEN ended.state <> 'succeeded' OR n.keeps_result AND ended.error IS NOT NULL THEN n.id END
     WHERE n.id = OLD.id;
@@ -123,33 +129,60 @@ COMMENT ON FUNCTION {schema}.end_canvas_node IS 'Trigger: a job of a canvas has 
 CREATE TRIGGER jobs_end_canvas_node AFTER DELETE ON {schema}.jobs FOR EACH ROW
     WHEN (OLD.headers -> 'pgqueue' ? 'canvas') EXECUTE FUNCTION {schema}.end_canvas_node();
 
+CREATE FUNCTION {schema}.unbury_canvas_jobs(job_ids uuid[]) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp SET enable_seqscan = off AS $$
+BEGIN
+    WITH back AS (
+        DELETE FROM dead_letters l WHERE l.id = ANY (job_ids) AND l.reason = 'member_failed' RETURNING l.*
+    ), again AS (
+        INSERT INTO jobs (id, state, queue, task, args, kwargs, priority, eta, expires_at, max_retries, enqueued_at, enqueued_by,
+            headers)
+        SELECT b.id, 'blocked', b.queue, b.task, b.args, b.kwargs, b.priority, b.eta, b.expires_at, b.max_retries, b.enqueued_at,
+               b.enqueued_by, b.headers
+        FROM back b ORDER BY b.id
+        RETURNING id
+    )
+    UPDATE canvas_nodes n SET state = NULL, cause = NULL, error = NULL, passed_on = false FROM again a WHERE n.id = a.id;
+END $$;
+COMMENT ON FUNCTION {schema}.unbury_canvas_jobs IS 'Have those of these jobs that could not run wait again';
+
 CREATE FUNCTION {schema}.reopen_canvas_node() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp SET enable_seqscan = off AS $$
 DECLARE
     opened uuid[] := ARRAY[NEW.id];
 BEGIN
+    UPDATE canvas_nodes n SET state = NULL, cause = NULL, error = NULL, result = NULL, size = NULL, passed_on = false
+    WHERE n.id = NEW.id;
     -- With it comes back what could not run because of it, step by step, to wait again.
     WHILE opened <> '{}' LOOP
-        WITH back AS (
-            DELETE FROM dead_letters l WHERE l.id = ANY (opened) AND l.id <> NEW.id AND l.reason = 'member_failed' RETURNING l.*
-        )
-        INSERT INTO jobs (id, state, queue, task, args, kwargs, priority, eta, expires_at, max_retries, enqueued_at, enqueued_by, headers)
-        SELECT b.id, 'blocked', b.queue, b.task, b.args, b.kwargs, b.priority, b.eta, b.expires_at, b.max_retries, b.enqueued_at,
-               b.enqueued_by, b.headers
-        FROM back b ORDER BY b.id;
-        UPDATE canvas_nodes n SET state = NULL, cause = NULL, error = NULL, result = NULL, passed_on = false WHERE n.id = ANY (opened);
-        UPDATE canvases c SET ended_at = NULL FROM canvas_nodes n
+        UPDATE canvases c SET ended_at = NULL, state = NULL FROM canvas_nodes n
         WHERE n.id = NEW.id AND c.id = n.canvas_id AND c.output = ANY (opened);
         opened := ARRAY(SELECT d.id FROM canvas_nodes d JOIN dead_letters l ON l.id = d.id
                         WHERE d.after = ANY (opened) AND NOT d.released AND d.state = 'dead' AND l.reason = 'member_failed')
                || ARRAY(SELECT DISTINCT j.id FROM canvas_nodes n JOIN canvas_nodes j ON j.id = n.member_of
                         WHERE n.id = ANY (opened) AND j.state IN ('dead', 'cancelled'));
+        PERFORM unbury_canvas_jobs(opened);
+        UPDATE canvas_nodes n SET state = NULL, cause = NULL, passed_on = false WHERE n.id = ANY (opened) AND n.is_join;
     END LOOP;
     RETURN NULL;
 END $$;
 COMMENT ON FUNCTION {schema}.reopen_canvas_node IS 'Trigger: a dead letter of a canvas is a job again, and what waits for it waits again';
 CREATE TRIGGER jobs_reopen_canvas_node AFTER INSERT ON {schema}.jobs FOR EACH ROW
     WHEN (NEW.attempt > 0 AND NEW.headers -> 'pgqueue' ? 'canvas') EXECUTE FUNCTION {schema}.reopen_canvas_node();
+
+-- Older releases would requeue what could not run, and it would run without the results that it waits for.
+CREATE FUNCTION {schema}.hold_back_canvas_job() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
+BEGIN
+    IF EXISTS (SELECT FROM canvas_nodes n JOIN dead_letters l ON l.id = n.id WHERE n.id = NEW.id AND l.reason = 'member_failed') THEN
+        RETURN NULL;
+    END IF;
+    RETURN NEW;
+END $$;
+COMMENT ON FUNCTION {schema}.hold_back_canvas_job IS 'Trigger: a job of a canvas that could not run is not requeued by itself';
+CREATE TRIGGER jobs_hold_back_canvas_job BEFORE INSERT ON {schema}.jobs FOR EACH ROW
+    WHEN (NEW.state <> 'blocked' AND NEW.attempt = 0 AND NEW.headers -> 'pgqueue' ? 'canvas')
+    EXECUTE FUNCTION {schema}.hold_back_canvas_job();
 """
 
 ENQUEUE = r"""
@@ -171,7 +204,8 @@ DECLARE
     wake_queues text[];
     wake_eta    timestamptz;
 BEGIN
-    IF NOT EXISTS (SELECT FROM canvases c WHERE c.id = enqueue_canvas_nodes.canvas_id AND c.xmin = pg_current_xact_id()::xid) THEN
+    IF NOT EXISTS (SELECT FROM canvases c WHERE c.id = enqueue_canvas_nodes.canvas_id
+                   AND c.begun_by = pg_current_xact_id()::text::bigint) THEN
         RAISE object_not_in_prerequisite_state USING
             MESSAGE = format('canvas %s was not begun in this transaction', enqueue_canvas_nodes.canvas_id);
     END IF;
@@ -182,6 +216,13 @@ BEGIN
     FROM jsonb_to_recordset(enqueue_canvas_nodes.nodes) AS n(id uuid, nth integer, task text, after uuid, member_of uuid,
         takes_result boolean, keeps_result boolean, skips_failed boolean, countdown float8, expires_in float8,
         dead_letter_queue text, on_error jsonb);
+    -- Nobody may wait for the jobs of another canvas, and read their results.
+    IF EXISTS (SELECT FROM jsonb_to_recordset(enqueue_canvas_nodes.nodes) AS n(after uuid, member_of uuid),
+                    LATERAL (VALUES (n.after), (n.member_of)) AS other(id)
+               WHERE other.id IS NOT NULL AND NOT EXISTS (
+                   SELECT FROM canvas_nodes o WHERE o.id = other.id AND o.canvas_id = enqueue_canvas_nodes.canvas_id)) THEN
+        RAISE invalid_parameter_value USING MESSAGE = 'after and member_of must be nodes of the same canvas, enqueued before';
+    END IF;
     INSERT INTO jobs (id, state, queue, task, args, kwargs, priority, eta, expires_at, max_retries, headers, enqueued_by)
     SELECT n.id, CASE WHEN n.after IS NOT NULL THEN 'blocked' WHEN n.eta > clock_timestamp() THEN 'scheduled' ELSE 'ready' END,
            n.queue, n.task, n.args, n.kwargs, n.priority, n.eta, n.expires_at, n.max_retries, n.headers, session_user
@@ -234,8 +275,23 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_
 $$;
 COMMENT ON FUNCTION {schema}.canvas_state IS 'The state of the canvas with this output: how it has ended, or scheduled, ready or running';
 
+CREATE FUNCTION {schema}.canvas_size(node_id uuid) RETURNS bigint
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    node canvas_nodes;
+BEGIN
+    SELECT n.* INTO node FROM canvas_nodes n WHERE n.id = canvas_size.node_id;
+    IF NOT node.is_join THEN
+        RETURN coalesce(node.size, 4);
+    END IF;
+    RETURN (SELECT 2 + coalesce(sum(2 + CASE WHEN m.is_join THEN canvas_size(m.id) ELSE coalesce(m.size, 4) END)
+                                FILTER (WHERE m.state = 'succeeded' AND m.error IS NULL), 0)
+            FROM canvas_nodes m WHERE m.member_of = node.id);
+END $$;
+COMMENT ON FUNCTION {schema}.canvas_size IS 'Bytes of what canvas_value gives, as text: to be asked before';
+
 CREATE FUNCTION {schema}.canvas_fault(node {schema}.canvas_nodes) RETURNS text
-LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp SET enable_seqscan = off AS $$
 DECLARE
     total  bigint := 1;
     failed bigint := 1;
@@ -248,9 +304,9 @@ BEGIN
     SELECT format('job %s of %s %s', d.id, d.task, CASE WHEN d.reason = 'member_failed' THEN 'did not run' ELSE 'is dead: ' || d.reason END)
     INTO fault FROM dead_letters d WHERE d.id = node.cause;
     IF NOT FOUND THEN
-        SELECT format('job %s %s', n.id, CASE WHEN n.state = 'succeeded' THEN 'succeeded without a result: ' || n.error
-                                              WHEN n.state = 'expired' THEN 'expired'
-                                              ELSE coalesce('was cancelled: ' || n.error, 'was cancelled') END)
+        SELECT format('job %s %s', n.id, CASE n.state WHEN 'succeeded' THEN 'succeeded without a result: ' || n.error
+                                                      WHEN 'expired' THEN 'expired' WHEN 'dead' THEN 'was dead'
+                                                      ELSE concat_ws(': ', 'was cancelled', n.error) END)
         INTO fault FROM canvas_nodes n WHERE n.id = node.cause;
     END IF;
     IF total > 1 THEN
@@ -260,69 +316,82 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION {schema}.canvas_fault IS 'Why what waits for this node cannot run';
 
-CREATE FUNCTION {schema}.release_canvas_jobs(node {schema}.canvas_nodes) RETURNS integer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp
-SET enable_sort = on SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
-DECLARE
-    chosen uuid[];
-    value  jsonb;
-    queues text[];
-    later  timestamptz;
+CREATE FUNCTION {schema}.wake_later(queues text[], later timestamptz) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
 BEGIN
-    chosen := ARRAY(SELECT d.id FROM canvas_nodes d WHERE d.after = node.id AND NOT d.released ORDER BY d.nth LIMIT 1000);
-    IF chosen = '{}' THEN
-        RETURN 0;
-    END IF;
-    IF EXISTS (SELECT FROM canvas_nodes d WHERE d.id = ANY (chosen) AND d.takes_result) THEN
-        value := jsonb_build_array(canvas_value(node.id));
-    END IF;
-    -- What was buried because this node had failed, while somebody requeued the job at fault, comes back first.
-    WITH back AS (
-        DELETE FROM dead_letters l WHERE l.id = ANY (chosen) AND l.reason = 'member_failed' RETURNING l.*
-    )
-    INSERT INTO jobs (id, state, queue, task, args, kwargs, priority, eta, expires_at, max_retries, enqueued_at, enqueued_by, headers)
-    SELECT b.id, 'blocked', b.queue, b.task, b.args, b.kwargs, b.priority, b.eta, b.expires_at, b.max_retries, b.enqueued_at,
-           b.enqueued_by, b.headers
-    FROM back b ORDER BY b.id;
-    UPDATE canvas_nodes d SET state = NULL, cause = NULL, error = NULL, passed_on = false
-    WHERE d.id = ANY (chosen) AND d.state IS NOT NULL AND EXISTS (SELECT FROM jobs j WHERE j.id = d.id AND j.state = 'blocked');
-    WITH placed AS MATERIALIZED (
-        SELECT d.id, d.takes_result, d.countdown, d.expires_in, nextval('{schema}.jobs_position_seq') AS position
-        FROM (SELECT * FROM canvas_nodes d WHERE d.id = ANY (chosen) ORDER BY d.nth) AS d
-    ), freed AS (
-        UPDATE jobs j
-        SET eta = greatest(j.eta, clock_timestamp()) + coalesce(p.countdown, 0) * interval '1 second',
-            expires_at = coalesce(clock_timestamp() + p.expires_in * interval '1 second', j.expires_at),
-            state = CASE WHEN p.countdown > 0 OR j.eta > clock_timestamp() THEN 'scheduled' ELSE 'ready' END,
-            position = p.position, args = CASE WHEN p.takes_result THEN value || j.args ELSE j.args END
-        FROM placed p WHERE j.id = p.id AND j.state = 'blocked'
-        RETURNING j.queue, j.state, j.eta
-    )
-    SELECT array_agg(DISTINCT f.queue), min(f.eta) FILTER (WHERE f.state = 'scheduled') INTO queues, later FROM freed f;
-    UPDATE canvas_nodes d SET released = true WHERE d.id = ANY (chosen);
-    UPDATE canvases c SET ended_at = NULL WHERE c.id = node.canvas_id AND c.output = ANY (chosen) AND c.ended_at IS NOT NULL;
     IF queues IS NOT NULL THEN
         PERFORM wake_workers(queues);
     END IF;
     IF later IS NOT NULL THEN
         PERFORM wake_workers(queues, later);
     END IF;
-    RETURN cardinality(chosen);
 END $$;
-COMMENT ON FUNCTION {schema}.release_canvas_jobs IS 'Release up to a thousand jobs that wait for this node, which has succeeded';
+COMMENT ON FUNCTION {schema}.wake_later IS 'NOTIFY the workers that sleep on these queues, for jobs that are ready, and for one that is due later';
 
-CREATE FUNCTION {schema}.bury_canvas_jobs(node {schema}.canvas_nodes, reason text, fault text) RETURNS integer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp
+-- In steps: what is released by one call is a thousand jobs, and 16 MiB, at most. done is false when there may be more.
+CREATE FUNCTION {schema}.release_canvas_jobs(node {schema}.canvas_nodes, takers boolean, OUT jobs integer, OUT done boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp SET plan_cache_mode = force_generic_plan
+SET enable_sort = on SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+#variable_conflict use_column
+DECLARE
+    most   integer := 1000;
+    bytes  bigint;
+    chosen uuid[];
+    value  jsonb;
+    queues text[];
+    later  timestamptz;
+BEGIN
+    IF release_canvas_jobs.takers AND EXISTS (SELECT FROM canvas_nodes d WHERE d.after = node.id AND NOT d.released AND d.takes_result) THEN
+        bytes := canvas_size(node.id);
+        IF bytes > 16000000 THEN
+            RAISE program_limit_exceeded USING MESSAGE = format('%s bytes of results, 16000000 fit into the arguments', bytes);
+        END IF;
+        most := greatest(1, least(most, 16000000 / bytes));
+        value := jsonb_build_array(canvas_value(node.id));
+    END IF;
+    chosen := ARRAY(SELECT d.id FROM canvas_nodes d WHERE d.after = node.id AND NOT d.released AND d.takes_result = release_canvas_jobs.takers
+                    ORDER BY d.nth LIMIT most);
+    jobs := cardinality(chosen);
+    done := jobs < most;
+    IF jobs = 0 THEN
+        RETURN;
+    END IF;
+    -- What was buried because this node had failed, while somebody requeued the job at fault, comes back first.
+    PERFORM unbury_canvas_jobs(chosen);
+    WITH placed AS MATERIALIZED (
+        SELECT d.id, d.countdown, d.expires_in, nextval('{schema}.jobs_position_seq') AS position
+        FROM (SELECT d.* FROM canvas_nodes d WHERE d.id = ANY (chosen) ORDER BY d.nth) AS d
+    ), freed AS (
+        UPDATE jobs j
+        SET eta = greatest(j.eta, clock_timestamp()) + coalesce(p.countdown, 0) * interval '1 second',
+            expires_at = coalesce(clock_timestamp() + p.expires_in * interval '1 second', j.expires_at),
+            state = CASE WHEN p.countdown > 0 OR j.eta > clock_timestamp() THEN 'scheduled' ELSE 'ready' END,
+            position = p.position, args = coalesce(value || j.args, j.args)
+        FROM placed p WHERE j.id = p.id AND j.state = 'blocked'
+        RETURNING j.queue, j.state, j.eta
+    )
+    SELECT array_agg(DISTINCT f.queue), min(f.eta) FILTER (WHERE f.state = 'scheduled') INTO queues, later FROM freed f;
+    UPDATE canvas_nodes d SET released = true WHERE d.id = ANY (chosen);
+    UPDATE canvases c SET ended_at = NULL, state = NULL WHERE c.id = node.canvas_id AND c.output = ANY (chosen) AND c.ended_at IS NOT NULL;
+    PERFORM wake_later(queues, later);
+END $$;
+COMMENT ON FUNCTION {schema}.release_canvas_jobs IS 'Release jobs that wait for this node, which has succeeded: those that take its result, or the others';
+
+-- takers NULL: all that wait for it, until it succeeds after all. Else those that take its result, or the others, for good.
+CREATE FUNCTION {schema}.bury_canvas_jobs(node {schema}.canvas_nodes, fault text, takers boolean, OUT jobs integer, OUT done boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp SET plan_cache_mode = force_generic_plan
 SET enable_sort = on SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 #variable_conflict use_column
 DECLARE
     chosen uuid[];
 BEGIN
-    chosen := ARRAY(SELECT d.id FROM canvas_nodes d WHERE d.after = bury_canvas_jobs.node.id AND NOT d.released AND d.state IS NULL
-                      AND (bury_canvas_jobs.reason = 'member_failed' OR d.takes_result)
+    chosen := ARRAY(SELECT d.id FROM canvas_nodes d WHERE d.after = node.id AND NOT d.released
+                      AND CASE WHEN bury_canvas_jobs.takers IS NULL THEN d.state IS NULL ELSE d.takes_result = bury_canvas_jobs.takers END
                     ORDER BY d.nth LIMIT 1000);
-    IF chosen = '{}' THEN
-        RETURN 0;
+    jobs := cardinality(chosen);
+    done := jobs < 1000;
+    IF jobs = 0 THEN
+        RETURN;
     END IF;
     WITH gone AS (
         DELETE FROM jobs j WHERE j.id = ANY (chosen) AND j.state = 'blocked' RETURNING j.*
@@ -330,19 +399,19 @@ BEGIN
     INSERT INTO dead_letters (id, queue, task, args, kwargs, priority, eta, expires_at, attempt, retries, max_retries, crashes, rescues,
         enqueued_at, enqueued_by, headers, dead_letter_queue, reason, error_class, error_message)
     SELECT g.id, g.queue, g.task, g.args, g.kwargs, g.priority, g.eta, g.expires_at, g.attempt, g.retries, g.max_retries, g.crashes,
-           g.rescues, g.enqueued_at, g.enqueued_by, g.headers, coalesce(d.dead_letter_queue, g.queue), bury_canvas_jobs.reason,
+           g.rescues, g.enqueued_at, g.enqueued_by, g.headers, coalesce(d.dead_letter_queue, g.queue), 'member_failed',
            'MemberFailed', bury_canvas_jobs.fault
     FROM gone g JOIN canvas_nodes d ON d.id = g.id;
-    UPDATE canvas_nodes d
-    SET cause = CASE WHEN bury_canvas_jobs.reason = 'member_failed' THEN bury_canvas_jobs.node.cause ELSE d.id END,
-        released = bury_canvas_jobs.reason <> 'member_failed'
-    WHERE d.id = ANY (chosen) AND d.state = 'dead';
+    UPDATE dead_letters l SET error_message = bury_canvas_jobs.fault WHERE l.id = ANY (chosen) AND l.reason = 'member_failed';
     -- One that has gone without a trace: somebody took it away behind the back of the triggers.
-    UPDATE canvas_nodes d SET state = 'cancelled', cause = d.id, error = 'it was deleted', released = true, passed_on = false
+    UPDATE canvas_nodes d SET state = 'cancelled', error = 'it was deleted', passed_on = false
     WHERE d.id = ANY (chosen) AND d.state IS NULL;
-    RETURN cardinality(chosen);
+    UPDATE canvas_nodes d
+    SET cause = CASE WHEN d.state = 'dead' AND bury_canvas_jobs.takers IS NULL THEN node.cause ELSE d.id END,
+        released = bury_canvas_jobs.takers IS NOT NULL
+    WHERE d.id = ANY (chosen);
 END $$;
-COMMENT ON FUNCTION {schema}.bury_canvas_jobs IS 'Bury up to a thousand jobs that wait for this node, which has failed; those of reason member_failed come back when it succeeds after all';
+COMMENT ON FUNCTION {schema}.bury_canvas_jobs IS 'Bury up to a thousand jobs that wait for this node and cannot run';
 
 CREATE FUNCTION {schema}.enqueue_error_jobs(node {schema}.canvas_nodes) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
@@ -351,49 +420,90 @@ DECLARE
     queues text[];
     later  timestamptz;
 BEGIN
+    -- Who cancels a job knows of it.
+    IF EXISTS (SELECT FROM canvas_nodes n WHERE n.id = node.cause AND n.state = 'cancelled') THEN
+        RETURN;
+    END IF;
     WITH wanted AS (
         SELECT t.*, greatest(t.eta, clock_timestamp() + t.countdown * interval '1 second') AS due
-        FROM jsonb_to_recordset(enqueue_error_jobs.node.on_error) AS t(queue text, task text, args jsonb, kwargs jsonb, priority smallint,
+        FROM jsonb_to_recordset(node.on_error) AS t(queue text, task text, args jsonb, kwargs jsonb, priority smallint,
             eta timestamptz, countdown float8, expires_at timestamptz, expires_in float8, max_retries integer, headers jsonb,
             takes_result boolean, own boolean)
         -- Of the job itself: not for what it waited for.
-        WHERE NOT t.own OR enqueue_error_jobs.node.cause = enqueue_error_jobs.node.id
+        WHERE NOT t.own OR node.cause = node.id
     ), new AS (
         INSERT INTO jobs (id, state, queue, task, args, kwargs, priority, eta, expires_at, max_retries, headers)
         SELECT uuid7(), CASE WHEN w.due > clock_timestamp() THEN 'scheduled' ELSE 'ready' END, w.queue, w.task,
-               CASE WHEN w.takes_result THEN jsonb_build_array(enqueue_error_jobs.node.cause) || w.args ELSE w.args END, w.kwargs, w.priority,
+               CASE WHEN w.takes_result THEN jsonb_build_array(node.cause) || w.args ELSE w.args END, w.kwargs, w.priority,
                w.due, coalesce(w.expires_at, clock_timestamp() + w.expires_in * interval '1 second'), w.max_retries, w.headers
         FROM wanted w
         RETURNING queue, state, eta
     )
     SELECT array_agg(DISTINCT n.queue), min(n.eta) FILTER (WHERE n.state = 'scheduled') INTO queues, later FROM new n;
-    IF queues IS NOT NULL THEN
-        PERFORM wake_workers(queues);
-    END IF;
-    IF later IS NOT NULL THEN
-        PERFORM wake_workers(queues, later);
-    END IF;
+    PERFORM wake_later(queues, later);
 END $$;
 COMMENT ON FUNCTION {schema}.enqueue_error_jobs IS 'Enqueue what is to run because this node has failed';
 
-CREATE FUNCTION {schema}.settle_canvases(node_ids uuid[] DEFAULT NULL) RETURNS TABLE (released integer, left_over uuid[])
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp SET enable_sort = on SET enable_seqscan = off AS $$
+CREATE FUNCTION {schema}.pass_on_canvas_node(node {schema}.canvas_nodes, OUT jobs integer, OUT done boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
+DECLARE
+    step record;
+BEGIN
+    jobs := 0;
+    done := true;
+    IF node.state <> 'succeeded' THEN
+        step := bury_canvas_jobs(node, canvas_fault(node), NULL);
+        jobs := step.jobs;
+        done := step.done;
+        IF done AND node.state IN ('dead', 'expired') AND node.on_error IS NOT NULL THEN
+            PERFORM enqueue_error_jobs(node);
+            jobs := jobs + 1;
+        END IF;
+        RETURN;
+    END IF;
+    FOR takers IN 0..1 LOOP
+        IF takers = 1 AND node.error IS NOT NULL THEN
+            step := bury_canvas_jobs(node, canvas_fault(node), true);
+        ELSE
+            BEGIN
+                step := release_canvas_jobs(node, takers = 1);
+            EXCEPTION WHEN program_limit_exceeded OR data_exception OR integrity_constraint_violation OR plpgsql_error THEN
+                step := bury_canvas_jobs(node, left('it cannot be released with the results of what it waits for: ' || SQLERRM, 1000), takers = 1);
+            END;
+        END IF;
+        jobs := jobs + step.jobs;
+        done := done AND step.done;
+    END LOOP;
+END $$;
+COMMENT ON FUNCTION {schema}.pass_on_canvas_node IS 'Release or bury jobs that wait for this node alone; done: all of them';
+
+-- An end that this transaction makes itself, of a join or of a job that it buries, is passed on to what waits for that alone,
+-- but counts for the join that it is a member of in a later transaction only: others cannot see it yet.
+-- A node whose turn fails, or whose canvas somebody is just cancelling, is left for the next heartbeat, and harms no other.
+CREATE FUNCTION {schema}.settle_canvases(node_ids uuid[] DEFAULT NULL, OUT released integer, OUT left_over uuid[], OUT more boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp SET plan_cache_mode = force_generic_plan
+SET enable_sort = on SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
-    next    uuid[] := settle_canvases.node_ids;
-    ended   uuid[];
-    large   uuid[] := '{}';
-    node    canvas_nodes;
-    joined  uuid;
-    verdict text;
-    fault   uuid;
-    handled integer;
+    deadline timestamptz := clock_timestamp() + interval '0.5 seconds';
+    next     uuid[] := settle_canvases.node_ids;
+    made     uuid[];
+    ended    uuid[];
+    outputs  uuid[] := '{}';
+    node     canvas_nodes;
+    step     record;
+    joined   uuid;
+    verdict  text;
+    fault    uuid;
 BEGIN
     released := 0;
+    left_over := '{}';
+    more := false;
     FOR round IN 1..100 LOOP
         IF next IS NULL THEN
             ended := ARRAY(SELECT n.id FROM canvas_nodes n WHERE n.state IS NOT NULL AND NOT n.passed_on
                            ORDER BY n.id LIMIT 1000 FOR UPDATE SKIP LOCKED);
+            more := cardinality(ended) = 1000;
         ELSE
             ended := ARRAY(SELECT n.id FROM canvas_nodes n WHERE n.id = ANY (next) AND n.state IS NOT NULL AND NOT n.passed_on
                            ORDER BY n.id FOR UPDATE SKIP LOCKED);
@@ -401,51 +511,52 @@ BEGIN
         next := '{}';
         EXIT WHEN ended = '{}';
 
-        -- First what waits for one of them alone: the next step of a chain, the callback of a chord.
+        -- First what waits for one of them alone: the next step of a chain, the body of a chord.
         FOR node IN
             SELECT n.* FROM canvas_nodes n
             WHERE n.id = ANY (ended) AND (n.on_error IS NOT NULL
                   OR EXISTS (SELECT FROM canvas_nodes d WHERE d.after = n.id AND NOT d.released))
             ORDER BY n.canvas_id, n.nth
         LOOP
-            -- Whoever cancels the canvas locks its jobs in another order.
-            PERFORM pg_advisory_xact_lock_shared(hashtextextended('pgqueue canvas ' || node.canvas_id, 0));
-            IF node.state <> 'succeeded' THEN
-                handled := bury_canvas_jobs(node, 'member_failed', canvas_fault(node));
-                next := next || ARRAY(SELECT d.id FROM canvas_nodes d WHERE d.after = node.id AND NOT d.released);
-            ELSE
-                handled := 0;
-                IF node.error IS NOT NULL THEN
-                    handled := bury_canvas_jobs(node, 'bad_payload', canvas_fault(node));
-                END IF;
-                BEGIN
-                    handled := handled + release_canvas_jobs(node);
-                    released := released + handled;
-                EXCEPTION WHEN program_limit_exceeded OR check_violation OR data_exception THEN
-                    handled := 1000 + bury_canvas_jobs(node, 'bad_payload',
-                        left('the results of what it waits for do not fit into its arguments: ' || SQLERRM, 1000));
-                END;
-                next := next || ARRAY(SELECT d.id FROM canvas_nodes d WHERE d.after = node.id AND d.state = 'dead' AND NOT d.passed_on);
-            END IF;
-            IF handled >= 1000 THEN
-                large := large || node.id;
+            IF clock_timestamp() > deadline THEN
+                left_over := left_over || node.id;
                 ended := array_remove(ended, node.id);
-            ELSIF node.state IN ('dead', 'expired') AND node.on_error IS NOT NULL THEN
-                PERFORM enqueue_error_jobs(node);
-                released := released + 1;
+                CONTINUE;
+            END IF;
+            -- Whoever cancels the canvas locks its jobs in another order.
+            IF NOT pg_try_advisory_xact_lock_shared(hashtextextended('pgqueue canvas ' || node.canvas_id, 0)) THEN
+                ended := array_remove(ended, node.id);
+                CONTINUE;
+            END IF;
+            BEGIN
+                step := pass_on_canvas_node(node);
+            EXCEPTION WHEN OTHERS THEN
+                RAISE WARNING 'pgqueue: the end of % in canvas % is not passed on: % (%)', node.id, node.canvas_id, SQLERRM, SQLSTATE;
+                ended := array_remove(ended, node.id);
+                CONTINUE;
+            END;
+            released := released + step.jobs;
+            made := ARRAY(SELECT d.id FROM canvas_nodes d WHERE d.after = node.id AND d.state IS NOT NULL AND NOT d.passed_on
+                            AND d.member_of IS NULL);
+            next := next || made;
+            left_over := left_over || ARRAY(SELECT d.id FROM canvas_nodes d WHERE d.after = node.id AND d.state IS NOT NULL
+                                              AND NOT d.passed_on AND d.member_of IS NOT NULL);
+            IF NOT step.done THEN
+                left_over := left_over || node.id;
+                ended := array_remove(ended, node.id);
             END IF;
         END LOOP;
 
         UPDATE canvas_nodes n SET passed_on = true WHERE n.id = ANY (ended);
-        UPDATE canvases c SET ended_at = clock_timestamp()
-        FROM (SELECT DISTINCT n.canvas_id AS id FROM canvas_nodes n WHERE n.id = ANY (ended)) AS theirs
-        WHERE c.id = theirs.id AND c.output = ANY (ended);
+        outputs := outputs || ended;
 
         -- Then the joins that they are members of. An open member is looked for from the end: jobs end about in order.
         FOR joined IN
             SELECT DISTINCT n.member_of FROM canvas_nodes n WHERE n.id = ANY (ended) AND n.member_of IS NOT NULL ORDER BY 1
         LOOP
-            CONTINUE WHEN EXISTS (SELECT FROM canvas_nodes m WHERE m.member_of = joined AND m.state IS NULL ORDER BY m.nth DESC LIMIT 1);
+            -- Not EXISTS: the planner would drop the order, and walk over all that have ended.
+            CONTINUE WHEN (SELECT m.id FROM canvas_nodes m WHERE m.member_of = joined AND m.state IS NULL
+                           ORDER BY m.nth DESC LIMIT 1) IS NOT NULL;
             SELECT n.* INTO node FROM canvas_nodes n WHERE n.id = joined;
             SELECT CASE WHEN node.skips_failed OR count(*) = 0 THEN 'succeeded'
                         WHEN bool_and(m.state = 'cancelled') THEN 'cancelled' ELSE 'dead' END,
@@ -455,17 +566,21 @@ BEGIN
             UPDATE canvas_nodes n
             SET state = verdict, cause = CASE verdict WHEN 'succeeded' THEN NULL ELSE fault END, passed_on = false
             WHERE n.id = joined AND n.state IS DISTINCT FROM verdict;
-            IF FOUND THEN
+            IF FOUND AND node.member_of IS NULL THEN
                 next := next || joined;
+            ELSIF FOUND THEN
+                left_over := left_over || joined;
             END IF;
         END LOOP;
         EXIT WHEN next = '{}';
     END LOOP;
-    left_over := large || coalesce(next, '{}');
-    RETURN NEXT;
+    left_over := left_over || coalesce(next, '{}');
+
+    UPDATE canvases c SET ended_at = clock_timestamp(), state = o.state
+    FROM canvas_nodes o WHERE o.id = ANY (outputs) AND c.id = o.canvas_id AND c.output = o.id;
 END $$;
 COMMENT ON FUNCTION {schema}.settle_canvases IS
-    'Pass on the ends of these nodes, or of all that have not been: release or bury what waits for them; call it again with what is left over';
+    'Pass on the ends of these nodes, or of all that have not been: release or bury what waits for them; call it again with what is left over, in another transaction';
 """
 
 CANCEL = r"""
@@ -570,6 +685,10 @@ BEGIN
         EXIT WHEN NOT EXISTS (
             SELECT FROM canvas_nodes n JOIN jobs j ON j.id = n.id
             WHERE n.canvas_id = cancel_canvas.canvas_id AND (j.state <> 'running' OR j.cancel_requested_at IS NULL));
+        IF round = 50 THEN
+            RAISE lock_not_available USING
+                MESSAGE = format('another session holds a job of canvas %s; nothing was cancelled, try again', cancel_canvas.canvas_id);
+        END IF;
         PERFORM pg_sleep(0.01);
     END LOOP;
     answer := CASE WHEN requested > 0 THEN 'requested' WHEN cancelled > 0 THEN 'cancelled' ELSE 'too_late' END;
@@ -624,27 +743,38 @@ PRUNING = r"""
 CREATE FUNCTION {schema}.prune_canvases(finished_age interval, dead_letters_age interval) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp SET enable_sort = on SET enable_seqscan = off AS $$
 DECLARE
-    old    uuid[];
-    pruned bigint;
+    old    record;
+    nodes  bigint;
+    total  bigint := 0;
+    pruned bigint := 0;
 BEGIN
     IF NOT (finished_age >= interval '0' AND dead_letters_age >= interval '0') OR finished_age IS NULL OR dead_letters_age IS NULL THEN
         RAISE invalid_parameter_value USING
             MESSAGE = format('finished_age and dead_letters_age must be 0 or more, got %L and %L', finished_age, dead_letters_age);
     END IF;
-    -- As many as have twenty thousand jobs together, one at least; those of which nothing lives any more. What has failed may
-    -- go on for as long as its dead letters are kept.
-    old := ARRAY(
-        SELECT c.id FROM (
-            SELECT c.id, c.jobs, sum(c.jobs) OVER (ORDER BY c.ended_at, c.id) AS before
-            FROM canvases c JOIN canvas_nodes o ON o.id = c.output
-            WHERE c.ended_at <= now() - CASE o.state WHEN 'dead' THEN greatest(finished_age, dead_letters_age) ELSE finished_age END
-              AND NOT EXISTS (SELECT FROM canvas_nodes n JOIN jobs j ON j.id = n.id WHERE n.canvas_id = c.id)
-            ORDER BY c.ended_at, c.id LIMIT 1000
-        ) AS c
-        WHERE c.before - c.jobs < 20000);
-    DELETE FROM canvas_nodes n WHERE n.canvas_id = ANY (old);
-    DELETE FROM canvases c WHERE c.id = ANY (old);
-    GET DIAGNOSTICS pruned = ROW_COUNT;
+    -- About twenty thousand nodes at a time. What has failed may go on for as long as its dead letters are kept.
+    FOR old IN
+        (SELECT c.id, c.failed FROM canvases c WHERE NOT c.failed AND c.ended_at <= now() - finished_age ORDER BY c.ended_at LIMIT 1000)
+        UNION ALL
+        (SELECT c.id, c.failed FROM canvases c WHERE c.failed AND c.ended_at <= now() - greatest(finished_age, dead_letters_age)
+         ORDER BY c.ended_at LIMIT 1000)
+    LOOP
+        EXIT WHEN total >= 20000;
+        CONTINUE WHEN EXISTS (SELECT FROM canvas_nodes n JOIN jobs j ON j.id = n.id
+                              WHERE n.canvas_id = old.id AND NOT n.is_join AND n.state IS NULL);
+        IF NOT old.failed AND EXISTS (SELECT FROM canvas_nodes n WHERE n.canvas_id = old.id AND n.state = 'dead') THEN
+            UPDATE canvases c SET failed = true WHERE c.id = old.id;
+            CONTINUE;
+        END IF;
+        DELETE FROM canvas_nodes n
+        WHERE n.id = ANY (ARRAY(SELECT m.id FROM canvas_nodes m WHERE m.canvas_id = old.id ORDER BY m.nth LIMIT 20000));
+        GET DIAGNOSTICS nodes = ROW_COUNT;
+        total := total + nodes;
+        IF nodes < 20000 THEN
+            DELETE FROM canvases c WHERE c.id = old.id;
+            pruned := pruned + 1;
+        END IF;
+    END LOOP;
     RETURN pruned;
 END $$;
 COMMENT ON FUNCTION {schema}.prune_canvases IS 'Forget canvases that ended longer ago than this; returns how many were forgotten';
@@ -703,7 +833,7 @@ CREATE OR REPLACE VIEW {schema}.task_stats AS
     FROM live FULL JOIN ended USING (task) FULL JOIN failed USING (task) FULL JOIN died USING (task);
 
 CREATE VIEW {schema}.canvas_stats AS
-    SELECT c.id, {schema}.canvas_state(c.output) AS state, c.jobs, n.succeeded, n.dead, n.cancelled, n.expired,
+    SELECT c.id, coalesce(c.state, {schema}.canvas_state(c.output)) AS state, c.jobs, n.succeeded, n.dead, n.cancelled, n.expired,
            c.jobs - n.succeeded - n.dead - n.cancelled - n.expired AS left, c.enqueued_at, c.enqueued_by, c.ended_at
     FROM {schema}.canvases c, LATERAL (
         SELECT count(*) FILTER (WHERE n.state = 'succeeded') AS succeeded, count(*) FILTER (WHERE n.state = 'dead') AS dead,
@@ -717,15 +847,18 @@ PRIVILEGES = r"""
 REVOKE ALL ON FUNCTION {schema}.end_canvas_node, {schema}.reopen_canvas_node, {schema}.enqueue_canvas,
     {schema}.enqueue_canvas_nodes, {schema}.canvas_value, {schema}.canvas_state, {schema}.canvas_fault,
     {schema}.release_canvas_jobs, {schema}.bury_canvas_jobs, {schema}.enqueue_error_jobs, {schema}.settle_canvases,
-    {schema}.cancel_canvas, {schema}.prune_canvases FROM PUBLIC;
+    {schema}.cancel_canvas, {schema}.prune_canvases, {schema}.unbury_canvas_jobs, {schema}.hold_back_canvas_job,
+    {schema}.canvas_size, {schema}.wake_later, {schema}.pass_on_canvas_node FROM PUBLIC;
 """
 
 # What waits for other jobs has no place in the older schema: it is cancelled, and what could not run is rejected.
 DOWNGRADE = r"""
 DROP TRIGGER jobs_end_canvas_node ON {schema}.jobs;
 DROP TRIGGER jobs_reopen_canvas_node ON {schema}.jobs;
+DROP TRIGGER jobs_hold_back_canvas_job ON {schema}.jobs;
 DROP VIEW {schema}.canvas_stats, {schema}.task_stats, {schema}.queue_stats;
-DROP FUNCTION {schema}.prune_canvases, {schema}.cancel_canvas, {schema}.settle_canvases, {schema}.enqueue_error_jobs,
+DROP FUNCTION {schema}.prune_canvases, {schema}.cancel_canvas, {schema}.settle_canvases, {schema}.pass_on_canvas_node,
+    {schema}.wake_later, {schema}.canvas_size, {schema}.hold_back_canvas_job, {schema}.unbury_canvas_jobs, {schema}.enqueue_error_jobs,
     {schema}.bury_canvas_jobs, {schema}.release_canvas_jobs, {schema}.canvas_fault, {schema}.canvas_state, {schema}.canvas_value,
     {schema}.enqueue_canvas_nodes, {schema}.enqueue_canvas, {schema}.reopen_canvas_node, {schema}.end_canvas_node;
 DROP TABLE {schema}.canvas_nodes, {schema}.canvases;

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Text, cast, column, select, table
-
 from pgqueue.database.jobs import Answer
 from pgqueue.database.session import Session
 from pgqueue.job import check_id
@@ -43,11 +41,8 @@ class CancelledCanvas:
 
 def list_canvases(session: Session, *, state: str | None = None, limit: int = 50) -> list[FoundCanvas]:
     """The last enqueued first."""
-    view = _view(session)
-    found = select(*_columns(view)).order_by(view.c.enqueued_at.desc()).limit(limit)
     with session.transaction_since(_SINCE, "finding canvases needs"):
-        rows = session.select(found if state is None else found.where(view.c.state == state))
-    return [FoundCanvas(**row) for row in rows]
+        return [FoundCanvas(**row) for row in session.run("list_canvases", state=state, limit=limit)]
 
 
 def show_canvas(session: Session, canvas_id: str, *, limit: int = 50) -> dict[str, Any] | None:
@@ -56,12 +51,11 @@ def show_canvas(session: Session, canvas_id: str, *, limit: int = 50) -> dict[st
     None if it is unknown.
     """
     canvas_id = check_id(canvas_id)
-    view = _view(session)
     with session.transaction_since(_SINCE, "finding canvases needs"):
-        rows = session.select(select(*_columns(view)).where(cast(view.c.id, Text) == canvas_id))
+        rows = session.run("show_canvas", id=canvas_id)
         if not rows:
             return None
-        (end,) = session.run("find_canvas", id=canvas_id)
+        (end,) = session.run("find_canvas", id=canvas_id, value=False)
         members = session.run("show_canvas_jobs", id=canvas_id, limit=limit)
     why = {"reason": end["reason"], "error": end["error_message"], "fault": end["fault"]}
     return {**rows[0], **why, "members": members}
@@ -80,15 +74,8 @@ def cancel_canvas(
     with session.transaction_since(_SINCE, "cancelling a canvas needs"):
         (row,) = session.run("cancel_canvas", id=canvas_id, actor=by, reason=reason)
         nodes = session.run("list_canvas_jobs", id=canvas_id)
-    with session.transaction():  # after the commit, see revision 0011
-        session.run("settle_canvases", ids="{" + ",".join(node["id"] for node in nodes) + "}")
+    ids: str | None = "{" + ",".join(node["id"] for node in nodes) + "}"
+    while ids is not None:  # after the commit, each in its own: see revision 0011
+        with session.transaction():
+            ids = session.run("settle_canvases", ids=ids)[0]["left_over"]
     return CancelledCanvas(**row)
-
-
-def _view(session: Session) -> Any:
-    names = [name for name in FoundCanvas.__dataclass_fields__ if name != "id"]
-    return table("canvas_stats", column("id"), *map(column, names), schema=session.schema)
-
-
-def _columns(view: Any) -> list[Any]:
-    return [cast(view.c.id, Text).label("id"), *(each for each in view.c if each.name != "id")]

@@ -24,7 +24,8 @@ from pgqueue.job import check_queue
 
 BATCH = 1000
 """Jobs per transaction: it holds their locks, and claims pass them over."""
-WAITING: tuple[Literal["ready", "scheduled"], ...] = ("ready", "scheduled")
+WaitingState = Literal["ready", "scheduled", "blocked"]
+WAITING: tuple[WaitingState, ...] = ("ready", "scheduled", "blocked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Waiting:
 
     queue: str
     task: str | None = None
-    state: Literal["ready", "scheduled"] | None = None
+    state: WaitingState | None = None
 
 
 def list_pauses(session: Session) -> list[Pause]:
@@ -170,13 +171,14 @@ def move_jobs(
 def _pages(session: Session, where: Waiting, limit: int | None) -> Iterator[list[str]]:
     """Ids of what matches, a batch at a time, in the order in which they would run."""
     c = _jobs(session).c
-    orders = {"ready": (c.priority.desc(), c.position), "scheduled": (c.eta, c.id)}
+    by_position = (c.priority.desc(), c.position)
+    orders = {"ready": by_position, "scheduled": (c.eta, c.id), "blocked": by_position}
     left = limit
     for state in WAITING if where.state is None else (where.state,):
         last: tuple[Any, ...] | None = None
         while left is None or left > 0:
             size = BATCH if left is None else min(BATCH, left)
-            keys = [c.priority, c.position] if state == "ready" else [c.eta, c.id]
+            keys = [c.eta, c.id] if state == "scheduled" else [c.priority, c.position]
             page = select(c.id, *(key.label(f"key_{n}") for n, key in enumerate(keys)))
             page = page.where(_matches(session, where), c.state == state).order_by(*orders[state]).limit(size)
             rows = session.fetch(page if last is None else page.where(_beyond(state, keys, last)))

@@ -209,11 +209,14 @@ def metadata_for(schema: str = "pgqueue") -> MetaData:
         _column("id", Uuid),
         _column("output", Uuid),
         _column("jobs", Integer),
+        _column("begun_by", BigInteger, "((pg_current_xact_id())::text)::bigint"),
         Column("enqueued_at", _TIME, nullable=False, server_default=_NOW),
         Column("enqueued_by", Text, nullable=False, server_default=text("SESSION_USER")),
+        _optional("state", _WORD),
         _optional("ended_at", _TIME),
+        _column("failed", Boolean, "false"),
         PrimaryKeyConstraint("id", name="canvases_pkey"),
-        Index("canvases_ended", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
+        Index("canvases_ended", "failed", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
         Index("canvases_enqueued", "enqueued_at"),
     )
     Table(
@@ -237,6 +240,7 @@ def metadata_for(schema: str = "pgqueue") -> MetaData:
         _optional("error", Text),
         _column("released", Boolean, "false"),
         _column("passed_on", Boolean, "false"),
+        _optional("size", Integer),
         _optional("result", JSONB),
         PrimaryKeyConstraint("id", name="canvas_nodes_pkey"),
         CheckConstraint(

@@ -310,7 +310,7 @@ class Bench:
                 (row,) = self._session.run("settle_canvases", ids=ids)
             released += int(row["released"])
             ids = row["left_over"]
-            if ids is None:
+            if ids is None and not (nodes is None and row["more"]):
                 return released > 0
 
     def _ack(self, outcomes: list[Outcome]) -> None:

@@ -355,7 +355,7 @@ class Claimer:
 
     def _settled(self, nodes: list[str], rows: list[Row]) -> None:
         """Forget what has been passed on; what it has released may be ours to claim."""
-        ((released, left_over),) = rows
+        ((released, left_over, _more),) = rows
         self._forget_nodes(nodes)
         if left_over is not None:
             self._dispatcher.ended_nodes += left_over.strip("{}").split(",")

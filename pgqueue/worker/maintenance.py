@@ -171,6 +171,8 @@ class Maintenance:
         self._housekeeping = _Timer()
         self._walk = _Timer()
         self._partitions = _Timer()
+        self._canvases = _Timer()
+        self._unsettled: str | None = None
         self._share_at = _Timer(float("inf"))
         self._to_share: set[str] = set()
         self._last_share = float("-inf")
@@ -249,6 +251,7 @@ class Maintenance:
                 self._notify_queue.at,
                 self._housekeeping.at,
                 self._walk.at,
+                self._canvases.at,
                 self._share_at.at,
                 self._cancellations.at,
                 clock() + RUNNING_INTERVAL if self._work.in_flight else float("inf"),
@@ -266,6 +269,8 @@ class Maintenance:
             await self.beat(now)
         if now >= self._share_at.at:
             await self.wake_others()
+        if now >= self._canvases.at:
+            await self.settle_canvases(now)
         if self._work.in_flight:
             self._cancellations.pull(self._looked_at + CANCEL_INTERVAL)
         if now >= self._cancellations.at:
@@ -302,7 +307,6 @@ class Maintenance:
             if await self._link.call("fence_worker", worker=worker, heartbeat=counter):
                 log.warning("worker_fenced id=%s heartbeat=%d", worker, counter)
         await self.rescue()
-        await self.settle_canvases()
 
     def _prove(self, sent: float) -> None:
         """A heartbeat sent at that time has counted: others take our jobs a lease after they have seen it at
@@ -335,23 +339,24 @@ class Maintenance:
             if taken < RESCUE_BATCH:
                 return total
 
-    async def settle_canvases(self) -> None:
+    async def settle_canvases(self, now: float) -> None:
         """Pass on ends that nobody has passed on: of jobs that were cancelled, deleted or rescued, or whose
         worker was killed after its ack.
         """
-        ids: str | None = None
-        while True:
-            try:
-                ((released, left_over),) = await self._link.call("settle_canvases", ids=ids)
-            except GroupFailed as error:
-                if error.sqlstate != _NOT_THERE:
-                    log.warning("canvas_not_settled nodes=all error=%s", error)
-                return
-            if released:
-                self._wake()
-            if left_over is None:
-                return
-            ids = left_over
+        self._canvases.at = now + self._config.heartbeat
+        ids, self._unsettled = self._unsettled, None
+        try:
+            ((released, left_over, more),) = await self._link.call("settle_canvases", ids=ids)
+        except GroupFailed as error:
+            if error.sqlstate != _NOT_THERE:
+                log.warning("canvas_not_settled nodes=all error=%s", error)
+            return
+        if released:
+            self._wake()
+        # A step at a time: heartbeats come in between.
+        self._unsettled = left_over
+        if left_over is not None or more:
+            self._canvases.at = now
 
     async def find_cancelled(self, now: float) -> None:
         """Hand on which of the jobs in hand somebody wants cancelled."""

@@ -12,7 +12,20 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgqueue import JobCancelled, JobExpired, JobFailed, PayloadError, PgQueue, Reject, Snooze, TaskCancelled
+from pgqueue import (
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    PayloadError,
+    PgQueue,
+    Progress,
+    Reject,
+    Snooze,
+    TaskCancelled,
+    chain,
+    chord,
+    group,
+)
 from pgqueue.context import TaskContext
 from pgqueue.hooks import TaskFailed, TaskRetried, TaskSucceeded
 
@@ -244,3 +257,51 @@ def test_hooks_and_middleware_take_part() -> None:
     told.clear()
     assert task(False) == 1
     assert told == [], "called directly it is a function like any other"
+
+
+def test_canvases_end_as_in_a_worker() -> None:
+    app = PgQueue("canvas")
+
+    @app.task
+    def number(value: int = 1) -> int:
+        return value
+
+    @app.task
+    def unstorable() -> object:
+        return object()
+
+    @app.task
+    def boom() -> None:
+        raise LookupError("boom")
+
+    @app.task(bind=True)
+    def cancelled(self: TaskContext) -> None:
+        raise TaskCancelled
+
+    @app.task
+    def collect(*args: Any) -> list[Any]:
+        return list(args)
+
+    told: list[str] = []
+
+    @app.task
+    def tell(job_id: str) -> None:
+        told.append(job_id)
+
+    with app.eager():
+        nested = chain(number.s(), group(number.si(2), group(number.si(3))), collect.s("x")).delay()
+        assert nested.get() == [[2, [3]], "x"]
+        assert nested.progress == Progress(4, 4)
+        assert group(number.s(), unstorable.s(), on_member_failure="skip").delay().get() == [1]
+        assert chain(unstorable.s(), collect.s()).delay().state == "dead"
+        assert chain(unstorable.s(), collect.si()).delay().get() == []
+        assert group(cancelled.s(), cancelled.s()).link_error(tell.s()).delay().state == "cancelled"
+        assert chain(cancelled.s(), number.s()).link_error(tell.s()).delay().state == "dead"
+        assert told == []
+        failed = chord([number.s(), boom.s()], collect.s()).link_error(tell.s()).delay()
+        with pytest.raises(JobFailed, match="LookupError: boom"):
+            failed.get()
+        assert [child.state for child in failed.children] == ["succeeded", "dead", "dead"]
+        assert told == [failed.children[1].id]
+        job = number.apply_async((5,), link=collect.s("linked"))
+        assert job.get() == 5

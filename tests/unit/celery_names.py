@@ -19,6 +19,8 @@ from celery.result import AsyncResult, GroupResult
 from celery.worker.control import Panel
 from kombu import Producer
 
+del click.NoSuchOption.show  # Celery's commands have put it there, and it is of no use to others
+
 OTHER_COMMANDS = ("beat", "call", "control", "events", "inspect", "purge", "result", "status")
 """Those whose flags are looked at, beside the worker's."""
 

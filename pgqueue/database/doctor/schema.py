@@ -18,7 +18,7 @@ Grant = tuple[str, str, str]
 
 ENQUEUE: Final = ("enqueue", "enqueue_many", "replace_job", "wake_workers")
 ENQUEUE_CANVASES: Final = ("enqueue_canvas", "enqueue_canvas_nodes")
-LOOK: Final = ("id_floor", "canvas_state", "canvas_value", "canvas_fault")
+LOOK: Final = ("id_floor", "canvas_state", "canvas_size", "canvas_value", "canvas_fault")
 OPERATE: Final[dict[str, tuple[str, ...]]] = {
     "dead_letters": ("UPDATE", "DELETE"),
     "jobs": ("INSERT", "UPDATE", "DELETE"),

@@ -3,7 +3,7 @@
 -- One row: how many.
 WITH picked AS MATERIALIZED (
     SELECT id FROM {schema}.jobs
-    WHERE id = ANY (%(ids)s::uuid[]) AND queue = %(queue)s::text AND state IN ('scheduled', 'ready')
+    WHERE id = ANY (%(ids)s::uuid[]) AND queue = %(queue)s::text AND state IN ('blocked', 'scheduled', 'ready')
     ORDER BY id FOR UPDATE SKIP LOCKED
 ), gone AS (
     DELETE FROM {schema}.jobs WHERE id = ANY (ARRAY(SELECT id FROM picked)) RETURNING *

@@ -19,6 +19,7 @@ WITH picked AS MATERIALIZED (
 )
 UPDATE {schema}.canvas_nodes n
 SET state = e.state, passed_on = false, result = CASE WHEN n.keeps_result THEN e.result END,
+    size = CASE WHEN n.keeps_result THEN octet_length(e.result::text) END,
     error = CASE WHEN n.keeps_result OR e.state <> 'succeeded' THEN e.error END,
     cause = CASE WHEN e.state <> 'succeeded' OR n.keeps_result AND e.error IS NOT NULL THEN n.id END
 FROM ended e WHERE n.id = e.id

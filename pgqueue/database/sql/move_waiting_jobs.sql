@@ -3,7 +3,7 @@
 -- One row: how many, and whether some are ready.
 WITH picked AS MATERIALIZED (
     SELECT id, position FROM {schema}.jobs
-    WHERE id = ANY (%(ids)s::uuid[]) AND queue = %(queue)s::text AND state IN ('scheduled', 'ready')
+    WHERE id = ANY (%(ids)s::uuid[]) AND queue = %(queue)s::text AND state IN ('blocked', 'scheduled', 'ready')
     ORDER BY id FOR UPDATE SKIP LOCKED
 ), placed AS MATERIALIZED (
     SELECT ids, ARRAY(SELECT nextval('{schema}.jobs_position_seq') FROM unnest(ids)) AS positions
