@@ -547,6 +547,7 @@ BEGIN
             END IF;
         END LOOP;
 
+        more := more AND ended <> '{}';
         UPDATE canvas_nodes n SET passed_on = true WHERE n.id = ANY (ended);
         outputs := outputs || ended;
 

@@ -83,6 +83,17 @@ def test_an_idle_worker_goes_on_at_once(app: PgQueue, tasks: Any, workers: Worke
     assert time.monotonic() - started < 25
 
 
+def test_what_is_left_over_does_not_wait_for_a_heartbeat(app: PgQueue, tasks: Any, workers: Workers) -> None:
+    """What one step cannot release, and a join of joins, which counts them in a later transaction."""
+    patient = ("--poll-interval", "30", "--heartbeat", "30", "--lease", "200")
+    workers.start("-c", "2", *patient, app="canvas_app:app")
+    many = chain(tasks.add.s(0, 0), group(tasks.add.s(n) for n in range(2_500)), tasks.total.s()).delay()
+    inner = [group(tasks.add.s(1, 1), tasks.add.s(2, 2)), group(tasks.add.s(3, 3), group(tasks.add.s(4, 4)))]
+    nested = chord(inner, tasks.collect.s()).delay()
+    assert many.get(timeout=28) == sum(range(2_500))
+    assert nested.get(timeout=28) == [[[2, 4], [6, [8]]]]
+
+
 def test_steps_of_different_workers(app: PgQueue, tasks: Any, workers: Workers) -> None:
     """The worker that ends a step wakes the one that serves the next."""
     for queue in ("a", "b"):

@@ -327,3 +327,21 @@ def test_jobs_that_wait_for_others_are_moved_and_purged_with_their_queue(queue: 
         ]  # fmt: skip
         assert queues.purge_queue(session, Waiting("elsewhere", state="blocked")) == 1
     assert queue.states(canvas) == ["ready", "cancelled", "blocked"]
+
+
+def test_more_says_whether_there_is_more_to_do(queue: Queue) -> None:
+    """Not for ever of the same that nobody can pass on: a worker would never rest."""
+    group(queue.s("m") for _ in range(1_200)).delay()
+    queue.sql("delete from pgqueue.jobs")
+    settle = "select more from pgqueue.settle_canvases()"
+    assert [queue.sql(settle)[0]["more"] for _ in range(2)] == [True, False]
+    for _ in range(1_000):
+        queue.app.client.enqueue_canvas(chain(queue.s("a"), queue.s("b")).request((), {}, {})[1], None)
+    queue.sql("delete from pgqueue.jobs where state = 'ready'")
+    lock = (
+        "select count(pg_advisory_xact_lock(hashtextextended('pgqueue canvas ' || c.id, 0)))"
+        " from pgqueue.canvases c"
+    )
+    with psycopg.connect(queue.dsn) as cancelling:
+        cancelling.execute(lock.encode())
+        assert queue.sql(settle) == [{"more": False}]
