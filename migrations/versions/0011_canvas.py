@@ -486,6 +486,7 @@ SET enable_sort = on SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
     deadline timestamptz := clock_timestamp() + interval '0.5 seconds';
+    begun    boolean := false;
     next     uuid[] := settle_canvases.node_ids;
     made     uuid[];
     ended    uuid[];
@@ -518,7 +519,7 @@ BEGIN
                   OR EXISTS (SELECT FROM canvas_nodes d WHERE d.after = n.id AND NOT d.released))
             ORDER BY n.canvas_id, n.nth
         LOOP
-            IF clock_timestamp() > deadline THEN
+            IF begun AND clock_timestamp() > deadline THEN
                 left_over := left_over || node.id;
                 ended := array_remove(ended, node.id);
                 CONTINUE;
@@ -528,6 +529,7 @@ BEGIN
                 ended := array_remove(ended, node.id);
                 CONTINUE;
             END IF;
+            begun := true;
             BEGIN
                 step := pass_on_canvas_node(node);
             EXCEPTION WHEN OTHERS THEN
