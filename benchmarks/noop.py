@@ -1,4 +1,4 @@
-"""The application that the benchmarks run: one task that does nothing."""
+"""The application that the benchmarks run: tasks that do nothing."""
 
 from __future__ import annotations
 
@@ -10,3 +10,9 @@ app = PgQueue("benchmark")
 @app.task(name="noop")
 def noop() -> None:
     """Nothing: what remains is the queue's own work."""
+
+
+@app.task(name="body")
+def body(results: list[None]) -> int:
+    """What a chord ends with."""
+    return len(results)
