@@ -345,3 +345,21 @@ def test_more_says_whether_there_is_more_to_do(queue: Queue) -> None:
     with psycopg.connect(queue.dsn) as cancelling:
         cancelling.execute(lock.encode())
         assert queue.sql(settle) == [{"more": False}]
+
+
+def test_an_older_release_cannot_requeue_what_could_not_run(queue: Queue) -> None:
+    """It moves letters whatever their reason is: the row does not come to be, and the letter stays."""
+    canvas = chain(queue.s("a"), queue.s("b", 5)).delay()
+    first, second = canvas.children
+    queue.end(first, **BURY)
+    queue.sql("update pgqueue.dead_letters set enqueued_at = enqueued_at - interval '1 minute'")
+    columns = (
+        "id, queue, task, args, kwargs, priority, attempt, max_retries, enqueued_at, enqueued_by, headers"
+    )
+    move = (
+        f"with moved as (insert into pgqueue.jobs ({columns}) select {columns} from pgqueue.dead_letters"
+        " where id = any(%s::uuid[]) on conflict do nothing returning id)"
+        " delete from pgqueue.dead_letters where id in (select id from moved) returning id::text"
+    )
+    assert queue.sql(move, [first.id, second.id]) == [{"id": first.id}]
+    assert queue.states(canvas) == ["ready", "blocked"]
