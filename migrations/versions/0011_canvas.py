@@ -203,47 +203,52 @@ CREATE FUNCTION {schema}.enqueue_canvas_nodes(canvas_id uuid, nodes jsonb) RETUR
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, {schema}, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
-    wake_queues text[];
-    wake_eta    timestamptz;
+    foreign_node uuid;
+    ready        text[];
+    scheduled    text[];
+    wake_eta     timestamptz;
 BEGIN
     IF NOT EXISTS (SELECT FROM canvases c WHERE c.id = enqueue_canvas_nodes.canvas_id
                    AND c.begun_by = pg_current_xact_id()::text::bigint) THEN
         RAISE object_not_in_prerequisite_state USING
             MESSAGE = format('canvas %s was not begun in this transaction', enqueue_canvas_nodes.canvas_id);
     END IF;
-    INSERT INTO canvas_nodes (id, canvas_id, nth, is_join, after, member_of, takes_result, keeps_result, skips_failed, countdown,
-                              expires_in, dead_letter_queue, on_error)
-    SELECT n.id, enqueue_canvas_nodes.canvas_id, n.nth, n.task IS NULL, n.after, n.member_of, coalesce(n.takes_result, false),
-           coalesce(n.keeps_result, false), coalesce(n.skips_failed, false), n.countdown, n.expires_in, n.dead_letter_queue, n.on_error
-    FROM jsonb_to_recordset(enqueue_canvas_nodes.nodes) AS n(id uuid, nth integer, task text, after uuid, member_of uuid,
-        takes_result boolean, keeps_result boolean, skips_failed boolean, countdown float8, expires_in float8,
-        dead_letter_queue text, on_error jsonb);
-    -- Nobody may wait for the jobs of another canvas, and read their results.
-    IF EXISTS (SELECT FROM jsonb_to_recordset(enqueue_canvas_nodes.nodes) AS n(after uuid, member_of uuid),
-                    LATERAL (VALUES (n.after), (n.member_of)) AS other(id)
-               WHERE other.id IS NOT NULL AND NOT EXISTS (
-                   SELECT FROM canvas_nodes o WHERE o.id = other.id AND o.canvas_id = enqueue_canvas_nodes.canvas_id)) THEN
-        RAISE invalid_parameter_value USING MESSAGE = 'after and member_of must be nodes of the same canvas, enqueued before';
+    WITH n AS MATERIALIZED (
+        SELECT * FROM jsonb_to_recordset(enqueue_canvas_nodes.nodes) AS n(id uuid, nth integer, after uuid, member_of uuid,
+            takes_result boolean, keeps_result boolean, skips_failed boolean, countdown float8, expires_in float8,
+            dead_letter_queue text, on_error jsonb, queue text, task text, args jsonb, kwargs jsonb, priority smallint,
+            eta timestamptz, expires_at timestamptz, max_retries integer, headers jsonb)
+    ), new_nodes AS (
+        INSERT INTO canvas_nodes (id, canvas_id, nth, is_join, after, member_of, takes_result, keeps_result, skips_failed, countdown,
+                                  expires_in, dead_letter_queue, on_error)
+        SELECT n.id, enqueue_canvas_nodes.canvas_id, n.nth, n.task IS NULL, n.after, n.member_of, coalesce(n.takes_result, false),
+               coalesce(n.keeps_result, false), coalesce(n.skips_failed, false), n.countdown, n.expires_in, n.dead_letter_queue, n.on_error
+        FROM n
+    ), new_jobs AS (
+        INSERT INTO jobs (id, state, queue, task, args, kwargs, priority, eta, expires_at, max_retries, headers, enqueued_by)
+        SELECT n.id, CASE WHEN n.after IS NOT NULL THEN 'blocked' WHEN n.eta > clock_timestamp() THEN 'scheduled' ELSE 'ready' END,
+               n.queue, n.task, n.args, n.kwargs, n.priority, n.eta, n.expires_at, n.max_retries, n.headers, session_user
+        FROM n WHERE n.task IS NOT NULL
+        ORDER BY n.nth
+        RETURNING queue, state, eta
+    )
+    SELECT array_agg(DISTINCT j.queue) FILTER (WHERE j.state = 'ready'), array_agg(DISTINCT j.queue) FILTER (WHERE j.state = 'scheduled'),
+           min(j.eta) FILTER (WHERE j.state = 'scheduled'),
+           -- Nobody may wait for the jobs of another canvas, and read their results.
+           (SELECT other.id FROM (SELECT n.after AS id FROM n UNION SELECT n.member_of FROM n) AS other
+            WHERE other.id IS NOT NULL AND NOT EXISTS (SELECT FROM n WHERE n.id = other.id) AND NOT EXISTS (
+                SELECT FROM canvas_nodes o WHERE o.id = other.id AND o.canvas_id = enqueue_canvas_nodes.canvas_id) LIMIT 1)
+    INTO ready, scheduled, wake_eta, foreign_node
+    FROM new_jobs j;
+    IF foreign_node IS NOT NULL THEN
+        RAISE invalid_parameter_value USING
+            MESSAGE = format('after and member_of must be nodes of the same canvas, enqueued before or beside, got %s', foreign_node);
     END IF;
-    INSERT INTO jobs (id, state, queue, task, args, kwargs, priority, eta, expires_at, max_retries, headers, enqueued_by)
-    SELECT n.id, CASE WHEN n.after IS NOT NULL THEN 'blocked' WHEN n.eta > clock_timestamp() THEN 'scheduled' ELSE 'ready' END,
-           n.queue, n.task, n.args, n.kwargs, n.priority, n.eta, n.expires_at, n.max_retries, n.headers, session_user
-    FROM jsonb_to_recordset(enqueue_canvas_nodes.nodes) AS n(id uuid, nth integer, after uuid, queue text, task text, args jsonb,
-        kwargs jsonb, priority smallint, eta timestamptz, expires_at timestamptz, max_retries integer, headers jsonb)
-    WHERE n.task IS NOT NULL
-    ORDER BY n.nth;
-    SELECT array_agg(DISTINCT n.queue) FILTER (WHERE n.eta IS NULL OR n.eta <= clock_timestamp()),
-           min(n.eta) FILTER (WHERE n.eta > clock_timestamp())
-    INTO wake_queues, wake_eta
-    FROM jsonb_to_recordset(enqueue_canvas_nodes.nodes) AS n(queue text, after uuid, eta timestamptz)
-    WHERE n.after IS NULL AND n.queue IS NOT NULL;
-    IF wake_queues IS NOT NULL THEN
-        PERFORM wake_workers(wake_queues);
+    IF ready IS NOT NULL THEN
+        PERFORM wake_workers(ready);
     END IF;
-    IF wake_eta IS NOT NULL THEN
-        PERFORM wake_workers(array_agg(DISTINCT n.queue), wake_eta)
-        FROM jsonb_to_recordset(enqueue_canvas_nodes.nodes) AS n(queue text, after uuid, eta timestamptz)
-        WHERE n.after IS NULL AND n.eta > clock_timestamp();
+    IF scheduled IS NOT NULL THEN
+        PERFORM wake_workers(scheduled, wake_eta);
     END IF;
 END $$;
 COMMENT ON FUNCTION {schema}.enqueue_canvas_nodes IS 'For the library: add jobs and joins to a canvas that this transaction has begun';
