@@ -193,6 +193,8 @@ class Graph:
 
 
 def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not options:
+        return options
     if wrong := [name for name in _NOT_IN_A_CANVAS if options.get(name) is not None]:
         raise ValueError(
             f"{wrong[0]} has no meaning for a job of a canvas, which is always a new one; leave it out"

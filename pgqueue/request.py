@@ -104,8 +104,11 @@ def build_request(
         PayloadError: `headers` are not JSON values.
     """
     history = history or canvas_id is not None
-    if not options and canvas_id is None:
-        return JobRequest(new_id(), task, args, kwargs, queue, priority, expires_in=expires, history=history)
+    if not options:
+        own = "{}" if canvas_id is None else f'{{"{OWN_HEADER}": {{"{CANVAS}": "{canvas_id}"}}}}'
+        return JobRequest(
+            new_id(), task, args, kwargs, queue, priority, expires_in=expires, headers=own, history=history
+        )
     options = _labelled(options)
     get = options.get
     countdown, eta, until = get("countdown"), get("eta"), get("expires")
