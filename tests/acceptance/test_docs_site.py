@@ -20,9 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 CONFIG = "zensical.toml"
 
-PENDING = ()
-"""Pages that are still to be written; `nav` has a comment where each belongs."""
-
 _LINKS = {"a": "href", "link": "href", "img": "src", "script": "src", "iframe": "src", "source": "src"}
 
 
@@ -162,16 +159,6 @@ def test_the_readme_has_the_pages_in_reading_order() -> None:
         text = (ROOT / readme).read_text(encoding="utf-8")
         listed = re.findall(r"^- \[[^\]]+\]\(docs/([\w-]+\.md)\)", text, re.MULTILINE)
         assert listed == [page for page in nav() if page != "index.md"], readme
-
-
-def test_pages_to_come_are_not_there_yet() -> None:
-    config = (ROOT / CONFIG).read_text()
-    for page in PENDING:
-        assert not (DOCS / page).exists(), (
-            f"docs/{page} is there: take it out of PENDING, and give it its line in {CONFIG} (where its"
-            f" comment is), README.md and README.ko.md, in reading order"
-        )
-        assert f"# {page}\n" in config, f"{CONFIG} does not say where {page} belongs"
 
 
 def test_a_dead_link_fails_the_build(tmp_path: Path) -> None:
