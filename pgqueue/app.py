@@ -555,11 +555,17 @@ class PgQueue:
         task = self._tasks.get(name)
         if task is not None:
             return task.request_for(args, kwargs, options)
+        return self.encode(name, args, kwargs, self._options_of(name, args, kwargs, options))
+
+    def _options_of(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """The options of a call that is made now, with what this run and hooks add; arguments are checked."""
         check_arguments(name, args, kwargs)
         options = of_this_run(options)
         if self.hooks.has("before_enqueue"):
             options = self.hooks.headers_for(name, args, kwargs, options)
-        return self.encode(name, args, kwargs, options)
+        return options
 
     def member_request_for(
         self,
@@ -574,10 +580,7 @@ class PgQueue:
         """The request of a job of a canvas, and the label of its dead letter."""
         if name not in self._tasks:
             check_task_name(name)
-        check_arguments(name, args, kwargs)
-        options = of_this_run(options)
-        if self.hooks.has("before_enqueue"):
-            options = self.hooks.headers_for(name, args, kwargs, options)
+        options = self._options_of(name, args, kwargs, options)
         request = self.encode(name, args, kwargs, options, canvas_id=canvas_id, takes_result=takes_result)
         task = self._tasks.get(name)
         label = self.route(name).dead_letter_queue if task is None else task.dead_letter_queue

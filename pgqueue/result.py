@@ -221,9 +221,13 @@ class AsyncResult(Generic[R_co]):
         return self._look()
 
     def _look(self) -> Outcome:
+        return self._remember(self._ask(self._find))
+
+    def _ask(self, find: Callable[[Channel], Steps[Outcome]]) -> Outcome:
+        """What `find` finds, unless the end is known."""
         if self._succeeded is not None:
             return self._succeeded
-        return self._remember(drive(_twice(), lambda _: self._database().run(self._find)))
+        return drive(_twice(), lambda _: self._database().run(find))
 
     async def _alook(self) -> Outcome:
         if self._succeeded is not None:
@@ -332,9 +336,7 @@ class CanvasResult(AsyncResult[R_co]):
         return answer
 
     def _glance(self) -> Outcome:
-        if self._succeeded is not None:
-            return self._succeeded
-        return drive(_twice(), lambda _: self._database().run(partial(self._find, value=False)))
+        return self._ask(partial(self._find, value=False))
 
     def _find(self, channel: Channel, *, value: bool = True) -> Steps[Outcome]:
         rows = yield Statement("find_canvas", {"id": self._id, "value": value})

@@ -495,7 +495,6 @@ DECLARE
     deadline timestamptz := clock_timestamp() + interval '0.5 seconds';
     begun    boolean := false;
     next     uuid[] := settle_canvases.node_ids;
-    made     uuid[];
     ended    uuid[];
     outputs  uuid[] := '{}';
     node     canvas_nodes;
@@ -545,9 +544,8 @@ BEGIN
                 CONTINUE;
             END;
             released := released + step.jobs;
-            made := ARRAY(SELECT d.id FROM canvas_nodes d WHERE d.after = node.id AND d.state IS NOT NULL AND NOT d.passed_on
-                            AND d.member_of IS NULL);
-            next := next || made;
+            next := next || ARRAY(SELECT d.id FROM canvas_nodes d WHERE d.after = node.id AND d.state IS NOT NULL
+                                    AND NOT d.passed_on AND d.member_of IS NULL);
             left_over := left_over || ARRAY(SELECT d.id FROM canvas_nodes d WHERE d.after = node.id AND d.state IS NOT NULL
                                               AND NOT d.passed_on AND d.member_of IS NOT NULL);
             IF NOT step.done THEN

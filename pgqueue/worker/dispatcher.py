@@ -302,8 +302,9 @@ class Dispatcher:
         self.pace.observe(job.task, message.finished - message.started)
         if isinstance(message, Succeeded):
             self.succeeded += 1
+            canvas = _is_of_canvas(job)
             if message.acked:
-                if _is_of_canvas(job):
+                if canvas:
                     self.ended_nodes.append(job.id)
                 return None
             self.outcomes.append(
@@ -316,8 +317,8 @@ class Dispatcher:
                     result_error=message.result_error,
                     started=message.started,
                     finished=message.finished,
-                    history=self._facts(job.task).history or _is_of_canvas(job),
-                    canvas=_is_of_canvas(job),
+                    history=canvas or self._facts(job.task).history,
+                    canvas=canvas,
                 )
             )
             return None
