@@ -17,6 +17,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 import msgspec
@@ -398,16 +399,19 @@ class Outcome(msgspec.Struct):
         return self.canvas and self.verb in ("finish", "bury")
 
 
+_ID = attrgetter("id")
+
+
 def ack_calls(outcomes: Iterable[Outcome], now: float) -> list[tuple[Call, list[Outcome]]]:
     """The statements that record these outcomes, each with the outcomes it carries.
 
     One statement per verb, worker and attempt number (nearly always one in all): joining ids with attempts
     would cost four times as much in the server. `now` is on the clock of `Outcome.started`.
     """
-    groups: dict[tuple[str, ...], list[Outcome]] = {}
-    for outcome in outcomes:
+    groups: dict[tuple[object, ...], list[Outcome]] = {}
+    for outcome in sorted(outcomes, key=_ID):  # the statements find an id's place among them by halving
         how = outcome.state if outcome.verb == "finish" else outcome.kind
-        key = (outcome.verb, outcome.worker, str(outcome.attempt), how, str(outcome.history))
+        key = (outcome.verb, outcome.worker, outcome.attempt, how, outcome.history)
         groups.setdefault(key, []).append(outcome)
     return [(_ack_call(group, now), group) for group in groups.values()]
 

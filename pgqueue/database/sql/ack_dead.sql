@@ -1,12 +1,12 @@
 -- Bury jobs of one attempt number: out of jobs, into dead_letters, with a failures row of the last run.
--- Fenced as ack_finished. An upsert, so that a job requeued and dead again replaces its older letter.
+-- Fenced as ack_finished, and its ids are sorted too. An upsert, so that a job requeued and dead again replaces its older letter.
 -- Locks: the jobs rows, in id order, then the dead_letters rows. Index: jobs_pkey.
 -- One row: how many, and, when some were stale, the ids of those that were not.
 WITH gone AS (
     DELETE FROM {schema}.jobs
     WHERE id = ANY (%(ids)s::uuid[]) AND attempt = %(attempt)s::integer AND worker_id = %(worker)s::text
       AND state || '' = 'running'
-    RETURNING *, array_position(%(ids)s::uuid[], id) AS nth
+    RETURNING *, width_bucket(id, %(ids)s::uuid[]) AS nth
 ), buried AS (
     INSERT INTO {schema}.dead_letters (id, queue, task, args, kwargs, priority, eta, expires_at, attempt, retries,
         max_retries, crashes, rescues, worker_id, claimed_at, enqueued_at, enqueued_by, unique_key, headers,

@@ -4,11 +4,13 @@
 -- it, dead entries included, instead of looking up the ids.
 -- One row: how many ended, and, when some were stale, the ids of those that did end.
 -- Times are seconds before now(), the arrival of BEGIN, so that only the database's clock is ever stored.
+-- ids come sorted: width_bucket finds a row's place among them by halving; array_position walks, and took a tenth of the
+-- server's time for a batch of 500.
 WITH gone AS (
     DELETE FROM {schema}.jobs
     WHERE id = ANY (%(ids)s::uuid[]) AND attempt = %(attempt)s::integer AND worker_id = %(worker)s::text
       AND state || '' = 'running'
-    RETURNING *, array_position(%(ids)s::uuid[], id) AS nth
+    RETURNING *, width_bucket(id, %(ids)s::uuid[]) AS nth
 ), kept AS (
     INSERT INTO {schema}.finished_jobs (id, state, queue, task, args, kwargs, priority, eta, expires_at, attempt, retries,
         crashes, rescues, worker_id, enqueued_at, enqueued_by, claimed_at, started_at, finished_at, unique_key, headers,
