@@ -110,7 +110,7 @@ class ArgumentCodec:
         Raises:
             PayloadError: The text is not a JSON array and object, or does not fit the signature.
         """
-        positional = _parse(args, "args", list)
+        positional = [] if args == "[]" else _parse(args, "args", list)
         keywords = {} if kwargs == "{}" else _parse(kwargs, "kwargs", dict)
         try:
             plan = self._plans.get((len(positional), *keywords)) or self._plan(positional, keywords)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn, Protocol
+
+import msgspec
 
 from pgqueue.codec import clean_text
 from pgqueue.errors import Retry, shown
@@ -15,8 +16,7 @@ from pgqueue.job import CORRELATION_ID, TAGS, Progress
 from pgqueue.options import check_max_retries, check_seconds, check_time
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """The job that a task runs for.
 
     Attributes:
@@ -37,13 +37,13 @@ class Request:
     id: str
     task: str
     args: Sequence[Any] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = msgspec.field(default_factory=dict)
     retries: int = 0
     attempt: int = 1
     eta: datetime | None = None
     queue: str = ""
     priority: int = 0
-    headers: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, Any] = msgspec.field(default_factory=dict)
     worker: str | None = None
     called_directly: bool = False
 

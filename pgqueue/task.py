@@ -138,18 +138,18 @@ class Task(Generic[P, R]):
         """The label of its dead letters, None for their queue's name."""
         return self._route.dead_letter_queue or self._options.get("dead_letter_queue")
 
-    @property
+    @cached_property
     def ignore_result(self) -> bool:
         """What it returns is not stored."""
         return bool(self._options.get("ignore_result"))
 
-    @property
+    @cached_property
     def soft_time_limit(self) -> float | None:
         """Seconds after which a run is told to end; None or 0 for never."""
         limit: float | None = self._options.get("soft_time_limit")
         return self._app.default_limits[0] if limit is None else limit
 
-    @property
+    @cached_property
     def time_limit(self) -> float | None:
         """Seconds after which a run is killed; None or 0 for never.
 
@@ -169,7 +169,7 @@ class Task(Generic[P, R]):
         pool: str | None = self._options.get("pool")
         return pool
 
-    @property
+    @cached_property
     def exclusive(self) -> bool:
         """Its runs never overlap."""
         return bool(self._options.get("exclusive"))

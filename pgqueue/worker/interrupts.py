@@ -79,7 +79,8 @@ class Alarm:
     def enter(self, number: int) -> None:
         """From here until `leave` the body of this job runs."""
         self._number = number
-        self.look()
+        if number == self._cancelled():
+            self.look()
 
     def leave(self) -> None:
         """What comes late is for nobody."""
