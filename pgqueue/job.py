@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
+import msgspec
+
 from pgqueue.errors import shown
 
 LiveState = Literal["blocked", "scheduled", "ready", "running"]
@@ -155,6 +157,35 @@ class JobRequest:
     on_conflict: str = "return"
     history: bool = True
     given_id: bool = False
+
+
+class ClaimedJob(msgspec.Struct, array_like=True):
+    """A job as its claim answers it, as the supervisor holds it and as an executor gets it.
+
+    Attributes:
+        args, kwargs: JSON text, or None when it is too large to travel along.
+        headers: JSON text.
+        expired, cancelled: It is not to be run.
+        number: What supervisor and executor call it; grows by one with each job sent to its slot.
+    """
+
+    id: str
+    queue: str
+    priority: int
+    position: int
+    task: str
+    args: str | None
+    kwargs: str | None
+    headers: str
+    attempt: int
+    retries: int
+    max_retries: int | None
+    crashes: int
+    eta: float | None
+    expired: bool
+    cancelled: bool
+    worker: str = ""
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

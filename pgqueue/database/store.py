@@ -29,7 +29,7 @@ from pgqueue.database.patient import ANSWER_PATIENCE
 from pgqueue.database.queries import query
 from pgqueue.errors import DatabaseError, DatabaseUnavailable
 from pgqueue.failpoints import armed, failpoint
-from pgqueue.job import DeadReason
+from pgqueue.job import ClaimedJob, DeadReason
 
 log = logging.getLogger("pgqueue.worker")
 
@@ -286,29 +286,6 @@ def _is_refusal(error: psycopg.OperationalError) -> bool:
     disk full.
     """
     return error.sqlstate is not None and error.sqlstate[:2] != "08" and error.sqlstate[:4] != "57P0"
-
-
-class ClaimedJob(msgspec.Struct, array_like=True):
-    """One row of a claim's answer. `args`, `kwargs`: JSON text, or None when it is too large to travel
-    along.
-    """
-
-    id: str
-    queue: str
-    priority: int
-    position: int
-    task: str
-    args: str | None
-    kwargs: str | None
-    headers: str
-    attempt: int
-    retries: int
-    max_retries: int | None
-    crashes: int
-    eta: float | None
-    expired: bool
-    cancelled: bool
-    worker: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,15 +18,15 @@ import msgspec
 
 from pgqueue.app import PgQueue
 from pgqueue.database.session import Session
-from pgqueue.database.store import ClaimedJob, Outcome, ack_calls, decode_claim, decode_claimed
+from pgqueue.database.store import Outcome, ack_calls, decode_claim, decode_claimed
 from pgqueue.errors import Retry, Signal, UnknownTask
-from pgqueue.job import Progress
+from pgqueue.job import ClaimedJob, Progress
 from pgqueue.task import Task
 from pgqueue.testing.timeline import Timeline
 from pgqueue.worker.body import Body
 from pgqueue.worker.dispatcher import Dispatcher, Executor, Slot
 from pgqueue.worker.forkserver import facts_of
-from pgqueue.worker.wire import Board, Ended, Failed, Job, Snoozed, Succeeded, clock
+from pgqueue.worker.wire import Board, Ended, Failed, Snoozed, Succeeded, clock
 
 End = Literal["succeeded", "retried", "snoozed", "dead", "cancelled", "expired", "released", "stale"]
 
@@ -143,12 +143,12 @@ class _Body(Body):
     def forget(self) -> None:
         self.value = self.error = None
 
-    def _returned(self, job: Job, started: float, call: Any, value: Any) -> Succeeded:
+    def _returned(self, job: ClaimedJob, started: float, call: Any, value: Any) -> Succeeded:
         self.value = value
         return super()._returned(job, started, call, value)
 
     def _raised(
-        self, job: Job, started: float, task: Task[Any, Any] | None, call: Any, error: BaseException
+        self, job: ClaimedJob, started: float, task: Task[Any, Any] | None, call: Any, error: BaseException
     ) -> Ended:
         self.error = error
         return super()._raised(job, started, task, call, error)
@@ -184,7 +184,7 @@ class Bench:
         self.body.close()
         self._slot.board.close()
 
-    def is_async(self, job: Job) -> bool:
+    def is_async(self, job: ClaimedJob) -> bool:
         """Whether its task is an `async def` one."""
         try:
             return self._app.find_task(job.task).is_async
@@ -195,7 +195,7 @@ class Bench:
         """Whether a job is ready."""
         return self._pick_settled(None, None) is not None
 
-    def take(self, queue: str | None = None, task: str | None = None) -> Job | Run | None:
+    def take(self, queue: str | None = None, task: str | None = None) -> ClaimedJob | Run | None:
         """Claim the next job: to be run, or already at its end; None if nothing is ready."""
         self._new_dispatcher()
         while True:
@@ -283,7 +283,7 @@ class Bench:
             )
         return None
 
-    def _load(self, job: Job) -> bool:
+    def _load(self, job: ClaimedJob) -> bool:
         """Fetch arguments that are too large to travel with a claim; False if they are not readable."""
         with self._session.transaction():
             rows = self._session.run("load_payload", id=job.id, attempt=job.attempt, worker=self._worker)

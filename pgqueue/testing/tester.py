@@ -37,7 +37,7 @@ from pgqueue.database.dsn import is_pooled
 from pgqueue.database.queries import query
 from pgqueue.database.session import Session, open_session
 from pgqueue.errors import shown
-from pgqueue.job import current_request
+from pgqueue.job import ClaimedJob, current_request
 from pgqueue.task import Task
 from pgqueue.testing.enqueued import (
     EnqueuedJob,
@@ -53,7 +53,7 @@ from pgqueue.testing.runs import Bench, Drained, Run
 from pgqueue.testing.server import QueueDatabase, open_database
 from pgqueue.testing.timeline import Moment, Timeline, TravellingClient, is_in_event_loop
 from pgqueue.worker.identity import new_worker_id
-from pgqueue.worker.wire import Ended, Job
+from pgqueue.worker.wire import Ended
 
 MOST_RUNS: Final = 1000
 """Of one `drain()`, unless the test says otherwise."""
@@ -267,7 +267,7 @@ class QueueTester:
 
     def _drain(
         self, end: Moment | None, with_scheduled: bool, raise_errors: bool, limit: int
-    ) -> Generator[Job, Ended, Drained]:
+    ) -> Generator[ClaimedJob, Ended, Drained]:
         _refuse_in_task("drain")
         runs: list[Run] = []
         while True:
@@ -306,16 +306,16 @@ class QueueTester:
 
     def _one(
         self, queue: str | None, task: str | None, raise_errors: bool
-    ) -> Generator[Job, Ended, Run | None]:
+    ) -> Generator[ClaimedJob, Ended, Run | None]:
         _refuse_in_task("run_one")
         run = yield from self._next(queue, task)
         if run is not None and raise_errors:
             self._raise(run)
         return run
 
-    def _next(self, queue: str | None, task: str | None) -> Generator[Job, Ended, Run | None]:
+    def _next(self, queue: str | None, task: str | None) -> Generator[ClaimedJob, Ended, Run | None]:
         taken = self._bench.take(queue, task)
-        if isinstance(taken, Job):
+        if isinstance(taken, ClaimedJob):
             ended = yield taken
             taken = self._bench.settle(ended)
             _let_through(self._bench.body.error)
@@ -323,13 +323,13 @@ class QueueTester:
             self.runs.append(taken)
         return taken
 
-    def _run(self, job: Job) -> Ended:
+    def _run(self, job: ClaimedJob) -> Ended:
         if not (is_in_event_loop() and self._bench.is_async(job)):
             return self._bench.body.run(job)
         with ThreadPoolExecutor(1) as thread:  # below a loop, which would not let another run in its thread
             return thread.submit(copy_context().run, self._bench.body.run, job).result()
 
-    async def _arun(self, job: Job) -> Ended:
+    async def _arun(self, job: ClaimedJob) -> Ended:
         if self._bench.is_async(job):
             return await self._bench.body.arun(job)
         return await asyncio.to_thread(self._bench.body.run, job)

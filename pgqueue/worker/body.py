@@ -1,6 +1,7 @@
 """One run of a job: decode its arguments, call the task's function, decide what its end means.
 
-Knows nothing of processes and channels: it takes a `Job` and returns the message that tells its outcome.
+Knows nothing of processes and channels: it takes a `ClaimedJob` and returns the message that tells how it
+ended.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pgqueue.context import Request
 from pgqueue.errors import PayloadError, Retry, SoftTimeLimitExceeded, TaskCancelled, UnknownTask
 from pgqueue.failpoints import failpoint
 from pgqueue.hooks import TaskFailed, TaskRetried, TaskStarted, TaskSucceeded
-from pgqueue.job import current_request
+from pgqueue.job import ClaimedJob, current_request
 from pgqueue.retry import Again
 from pgqueue.shapes import class_name
 from pgqueue.tracebacks import describe
@@ -31,7 +32,6 @@ from pgqueue.worker.wire import (
     Cancelled,
     Ended,
     Failed,
-    Job,
     Released,
     Snoozed,
     Stale,
@@ -104,7 +104,7 @@ class Body:
         self._random = Random()
         self._recursion_limit = sys.getrecursionlimit()
 
-    def run(self, job: Job) -> Ended:
+    def run(self, job: ClaimedJob) -> Ended:
         """Run one job to its end; never raises, whatever the body does."""
         started = clock()
         task: Task[Any, Any] | None = None
@@ -126,7 +126,7 @@ class Body:
             # Looking at what the body raised, or returned, has raised in turn.
             return _shapeless(job, started, error, task)
 
-    async def arun(self, job: Job) -> Ended:
+    async def arun(self, job: ClaimedJob) -> Ended:
         """Run one job of an `async def` task on the loop that runs already; else the same."""
         started = clock()
         task: Task[Any, Any] | None = None
@@ -153,8 +153,8 @@ class Body:
         if self._runner is not None:
             self._runner.close()
 
-    def _prepare(self, job: Job, task: Task[Any, Any]) -> _Call:
-        args, kwargs = task.codec.decode(job.args, job.kwargs)
+    def _prepare(self, job: ClaimedJob, task: Task[Any, Any]) -> _Call:
+        args, kwargs = task.codec.decode(job.args or "", job.kwargs or "")
         failpoint("body_before")
         headers, own = decode_headers(job.headers)
         soft = own.get("soft_time_limit", task.soft_time_limit) if self._limited else None
@@ -166,7 +166,7 @@ class Body:
             self._hooks.tell("task_started", TaskStarted(request))
         return _Call(task, request, job.number, soft, hard)
 
-    def _transact(self, job: Job, call: _Call, started: float) -> Any:
+    def _transact(self, job: ClaimedJob, call: _Call, started: float) -> Any:
         """Run the body in a transaction that ends with the job's end."""
         if self._transactions is None:
             from pgqueue.database.transaction import Transactions
@@ -183,7 +183,7 @@ class Body:
         self._transactions.run(body, limit=call.hard, clock=clock)
         return value
 
-    async def _atransact(self, job: Job, call: _Call, started: float) -> Any:
+    async def _atransact(self, job: ClaimedJob, call: _Call, started: float) -> Any:
         if self._async_transactions is None:
             from pgqueue.database.transaction import AsyncTransactions
 
@@ -208,7 +208,7 @@ class Body:
 
         return app.dsn, app.schema, app.session_factory, tell
 
-    def _returned(self, job: Job, started: float, call: _Call, value: Any) -> Succeeded:
+    def _returned(self, job: ClaimedJob, started: float, call: _Call, value: Any) -> Succeeded:
         if call.task.transactional:
             succeeded = Succeeded(job.number, started, clock(), acked=True)
         else:
@@ -220,7 +220,7 @@ class Body:
 
     def _raised(
         self,
-        job: Job,
+        job: ClaimedJob,
         started: float,
         task: Task[Any, Any] | None,
         call: _Call | None,
@@ -241,7 +241,7 @@ class Body:
 
     def _judged(
         self,
-        job: Job,
+        job: ClaimedJob,
         started: float,
         task: Task[Any, Any] | None,
         call: _Call | None,
@@ -322,7 +322,7 @@ class Body:
                 )
 
     def _failed(
-        self, job: Job, started: float, error: BaseException, task: Task[Any, Any] | None
+        self, job: ClaimedJob, started: float, error: BaseException, task: Task[Any, Any] | None
     ) -> Failed | Snoozed:
         dead_letter_queue = task.dead_letter_queue if task is not None else None
         if task is None:
@@ -355,7 +355,7 @@ class Body:
         return failed
 
 
-def _cut_off(job: Job, started: float, error: BaseException) -> Ended | None:
+def _cut_off(job: ClaimedJob, started: float, error: BaseException) -> Ended | None:
     """What it means for the job that its transaction could not be, or was broken; None for any other error.
 
     A run that was cut off counts as a crash: one that kills its connection each time must come to an end.
@@ -376,7 +376,7 @@ def _cut_off(job: Job, started: float, error: BaseException) -> Ended | None:
     return None
 
 
-def _recorded(job: Job, succeeded: Succeeded) -> Outcome:
+def _recorded(job: ClaimedJob, succeeded: Succeeded) -> Outcome:
     """As the transaction writes it."""
     from pgqueue.database.store import Outcome
 
@@ -392,7 +392,7 @@ def _recorded(job: Job, succeeded: Succeeded) -> Outcome:
     )
 
 
-def _encoded(job: Job, started: float, task: Task[Any, Any], value: Any) -> Succeeded:
+def _encoded(job: ClaimedJob, started: float, task: Task[Any, Any], value: Any) -> Succeeded:
     finished = clock()
     if value is None or task.ignore_result:
         return Succeeded(job.number, started, finished)
@@ -400,7 +400,7 @@ def _encoded(job: Job, started: float, task: Task[Any, Any], value: Any) -> Succ
     return Succeeded(job.number, started, finished, result, result_error)
 
 
-def _shapeless(job: Job, started: float, error: BaseException, task: Task[Any, Any] | None) -> Failed:
+def _shapeless(job: ClaimedJob, started: float, error: BaseException, task: Task[Any, Any] | None) -> Failed:
     name = clean_text(class_name(type(error)), 512)
     return Failed(
         job.number,
@@ -415,7 +415,7 @@ def _shapeless(job: Job, started: float, error: BaseException, task: Task[Any, A
 
 
 def _dead(
-    job: Job, started: float, error: BaseException, reason: DeadReason, dead_letter_queue: str | None
+    job: ClaimedJob, started: float, error: BaseException, reason: DeadReason, dead_letter_queue: str | None
 ) -> Failed:
     error_class, message, text = describe(error)
     return Failed(
@@ -434,7 +434,7 @@ def _told(seconds: float) -> SoftTimeLimitExceeded:
     return SoftTimeLimitExceeded(f"it ran longer than its soft_time_limit of {seconds:g} s")
 
 
-def _request(job: Job, args: list[Any], kwargs: dict[str, Any], headers: dict[str, Any]) -> Request:
+def _request(job: ClaimedJob, args: list[Any], kwargs: dict[str, Any], headers: dict[str, Any]) -> Request:
     eta = None
     if job.eta is not None:
         with suppress(ValueError, OverflowError, OSError):

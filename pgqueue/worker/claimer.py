@@ -29,7 +29,6 @@ from pgqueue.database.store import (
     QUERY_CANCELED,
     Call,
     Claim,
-    ClaimedJob,
     GroupFailed,
     Link,
     Outcome,
@@ -40,6 +39,7 @@ from pgqueue.database.store import (
 )
 from pgqueue.errors import DatabaseUnavailable
 from pgqueue.failpoints import failpoint
+from pgqueue.job import ClaimedJob
 from pgqueue.worker.dispatcher import Dispatcher
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes, Plan

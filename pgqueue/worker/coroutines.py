@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 
+from pgqueue.job import ClaimedJob
 from pgqueue.worker.body import Body
 from pgqueue.worker.executor import Channel, Limits, Starter, no_job_untold
 from pgqueue.worker.interrupts import CANCEL_SIGNAL, Alarm, Interrupter, ThreadAlarm
-from pgqueue.worker.wire import Board, Ended, Job, Ready, Skipped
+from pgqueue.worker.wire import Board, Ended, Ready, Skipped
 
 if TYPE_CHECKING:
     from pgqueue.app import PgQueue
@@ -44,10 +45,10 @@ class _Slot:
         self._channel = channel
         self._limits = limits
         self._threads = threads
-        self._jobs: deque[Job] = deque()
+        self._jobs: deque[ClaimedJob] = deque()
         self._working: asyncio.Task[None] | None = None
 
-    def put(self, jobs: list[Job]) -> None:
+    def put(self, jobs: list[ClaimedJob]) -> None:
         """Run these after those that it has."""
         self._jobs += jobs
         if self._working is None:
@@ -63,7 +64,7 @@ class _Slot:
                 self._limits.look()
         self._working = None
 
-    async def _run(self, job: Job) -> Ended | Skipped:
+    async def _run(self, job: ClaimedJob) -> Ended | Skipped:
         pause = self._starter.pause(job)
         if pause is not None:
             await asyncio.sleep(pause)

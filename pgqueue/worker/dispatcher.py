@@ -24,15 +24,14 @@ from typing import Any
 import msgspec
 
 from pgqueue.config import MAX_CONCURRENCY
-from pgqueue.database.store import CLAIM_LIMIT, ClaimedJob, Outcome
+from pgqueue.database.store import CLAIM_LIMIT, Outcome
 from pgqueue.errors import TimeLimitExceeded
-from pgqueue.job import CANVAS, OWN_HEADER, Progress
+from pgqueue.job import CANVAS, OWN_HEADER, ClaimedJob, Progress
 from pgqueue.retry import Again, Dead, RetryPolicy, crash_delay
 from pgqueue.worker.wire import (
     Board,
     Cancelled,
     Ended,
-    Job,
     Released,
     Skipped,
     Snoozed,
@@ -262,11 +261,11 @@ class Dispatcher:
             else:
                 self._waiting.append(job)
 
-    def assign(self, now: float) -> list[tuple[Slot, list[Job]]]:
+    def assign(self, now: float) -> list[tuple[Slot, list[ClaimedJob]]]:
         """Jobs to send, by executor. A job without arguments is alone in its list: they must be loaded
         first.
         """
-        sendings: list[tuple[Slot, list[Job]]] = []
+        sendings: list[tuple[Slot, list[ClaimedJob]]] = []
         if not self._waiting:
             return sendings
         # Idle executors first: topping up a busy one must not leave another without work.
@@ -277,7 +276,9 @@ class Dispatcher:
             if chunk:
                 if not slot.in_flight:
                     slot.progress = (slot.board.started, now)
-                sendings.append((slot, [self._send(slot, job) for job in chunk]))
+                for job in chunk:
+                    self._send(slot, job)
+                sendings.append((slot, chunk))
                 self._waiting_since = now
             if not self._waiting:
                 break
@@ -622,35 +623,14 @@ class Dispatcher:
             chunk.append(waiting.popleft())
         return chunk
 
-    def _send(self, slot: Slot, job: ClaimedJob) -> Job:
-        number = slot.next_number
+    def _send(self, slot: Slot, job: ClaimedJob) -> None:
+        job.number = slot.next_number
         slot.next_number += 1
-        slot.in_flight[number] = job
+        slot.in_flight[job.number] = job
         executor = slot.executor
         executor.sent += 1
         if self._max_tasks is not None and executor.sent >= self._max_tasks:
             self.retire(executor)
-        return self.message(number, job)
-
-    @staticmethod
-    def message(number: int, job: ClaimedJob) -> Job:
-        """The job as an executor reads it; one that is too large still lacks its arguments."""
-        return Job(
-            number,
-            job.id,
-            job.task,
-            job.args or "",
-            job.kwargs or "",
-            job.headers,
-            job.queue,
-            job.priority,
-            job.attempt,
-            job.retries,
-            job.max_retries,
-            job.crashes,
-            job.eta,
-            job.worker,
-        )
 
     def _recall(self, slot: Slot) -> None:
         first = slot.board.recall(slot.next_number)

@@ -25,6 +25,7 @@ import msgspec
 
 from pgqueue.failpoints import failpoint
 from pgqueue.hooks import HOOKS, ChildStarted
+from pgqueue.job import ClaimedJob
 from pgqueue.worker.body import Body
 from pgqueue.worker.interrupts import Alarm
 from pgqueue.worker.signals import stay, stay_when_asked_to_stop
@@ -33,7 +34,6 @@ from pgqueue.worker.wire import (
     Ended,
     Failed,
     Frames,
-    Job,
     Jobs,
     Ready,
     Skipped,
@@ -81,7 +81,7 @@ class Channel:
             return None
         return (decode_jobs(payload) for payload in self._frames.feed(data)) if data else None
 
-    def send(self, message: msgspec.Struct, of: Job | None = None) -> None:
+    def send(self, message: msgspec.Struct, of: ClaimedJob | None = None) -> None:
         """Tell the supervisor; what became of a job only in the process that was to run it."""
         if os.getpid() != self._pid:
             _leave(message)
@@ -134,7 +134,7 @@ class Starter:
         self._board = board
         self._limits = limits
 
-    def pause(self, job: Job) -> float | None:
+    def pause(self, job: ClaimedJob) -> float | None:
         """Mark the job as started, and return None; or it must not start, and the seconds to wait until
         saying so.
         """

@@ -23,6 +23,7 @@ import msgspec
 
 from pgqueue.errors import AppNotLoaded, ConfigError, PgQueueError
 from pgqueue.hooks import HookName
+from pgqueue.job import ClaimedJob
 from pgqueue.worker.dispatcher import Executor, Slot
 from pgqueue.worker.interrupts import CANCEL_SIGNAL
 from pgqueue.worker.wire import (
@@ -35,7 +36,6 @@ from pgqueue.worker.wire import (
     Frames,
     FromExecutor,
     FromForkServer,
-    Job,
     Jobs,
     Loaded,
     LoadFailed,
@@ -201,7 +201,7 @@ class Processes:
         """Executors of this pool asked for and not gone."""
         return sum(line.executor.pool == pool for line in self._lines.values())
 
-    def send(self, slot: Slot, jobs: list[Job]) -> None:
+    def send(self, slot: Slot, jobs: list[ClaimedJob]) -> None:
         """Send jobs to a slot; what does not fit into the socket follows when it can."""
         line = self._lines.get(slot.executor.index)
         if line is None:
@@ -413,7 +413,7 @@ def _why_not_loaded(target: str, failed: LoadFailed) -> PgQueueError:
     return AppNotLoaded(f"cannot load {target}: {failed.message}\n{failed.traceback}".rstrip())
 
 
-def _without_payload(job: Job, size: int) -> Job:
+def _without_payload(job: ClaimedJob, size: int) -> ClaimedJob:
     """The job in a form that can be sent, and that the executor refuses as it should."""
     why = f"too large to run: {size:,} bytes, at most {MAX_FRAME:,}"
     task = job.task[:1_000]

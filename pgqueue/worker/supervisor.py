@@ -26,6 +26,8 @@ from collections.abc import Coroutine, Mapping, Sequence
 from random import Random
 from typing import Any, Literal, TypeVar
 
+import msgspec
+
 from pgqueue.config import Config
 from pgqueue.database.listener import Listener
 from pgqueue.database.migrate import require_revision
@@ -399,10 +401,8 @@ class Supervisor:
             del slot.in_flight[number]
             pool.claimer.poke()
             return
-        message = pool.dispatcher.message(number, job)
-        message.args, message.kwargs, message.headers = rows[0]
-        job.headers = message.headers
-        self._processes.send(slot, [message])
+        ((args, kwargs, job.headers),) = rows
+        self._processes.send(slot, [msgspec.structs.replace(job, args=args, kwargs=kwargs)])
 
     def on_message(self, executor: Executor, messages: list[FromExecutor]) -> None:
         """An executor reports what became of its jobs."""

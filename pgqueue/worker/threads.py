@@ -15,10 +15,11 @@ import time
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from pgqueue.job import ClaimedJob
 from pgqueue.worker.body import Body
 from pgqueue.worker.executor import Channel, Limits, Starter, no_job_untold
 from pgqueue.worker.interrupts import CANCEL_SIGNAL, ThreadAlarm
-from pgqueue.worker.wire import Board, Ended, Job, Ready, Skipped
+from pgqueue.worker.wire import Board, Ended, Ready, Skipped
 
 if TYPE_CHECKING:
     from pgqueue.app import PgQueue
@@ -29,7 +30,7 @@ class _Slot:
 
     def __init__(self, app: PgQueue, number: int, board: Board, channel: Channel, limits: Limits) -> None:
         self.alarm = ThreadAlarm(lambda: board.cancelled)
-        self.jobs: SimpleQueue[Job] = SimpleQueue()
+        self.jobs: SimpleQueue[ClaimedJob] = SimpleQueue()
         self._number = number
         self._body = Body(app, self.alarm, board)
         self._starter = Starter(app, board, limits)
@@ -46,7 +47,7 @@ class _Slot:
                 self._channel.send(message, of=job)
                 self._limits.look()
 
-    def _run(self, job: Job) -> Ended | Skipped:
+    def _run(self, job: ClaimedJob) -> Ended | Skipped:
         pause = self._starter.pause(job)
         if pause is None:
             return self._body.run(job)

@@ -31,7 +31,7 @@ from typing import Any
 
 import msgspec
 
-from pgqueue.job import Progress
+from pgqueue.job import ClaimedJob, Progress
 
 HEADER = 4
 MAX_FRAME = 64 << 20
@@ -46,31 +46,10 @@ else:
     clock = time.monotonic
 
 
-class Job(msgspec.Struct, array_like=True):
-    """One job for an executor. `number` grows by one with each job sent to its slot; `args` and `kwargs` are
-    JSON text.
-    """
-
-    number: int
-    id: str
-    task: str
-    args: str
-    kwargs: str
-    headers: str
-    queue: str
-    priority: int
-    attempt: int
-    retries: int
-    max_retries: int | None
-    crashes: int
-    eta: float | None
-    worker: str
-
-
 class Jobs(msgspec.Struct, array_like=True, tag="jobs"):
     """Supervisor to executor: run these in that slot, in this order."""
 
-    jobs: list[Job]
+    jobs: list[ClaimedJob]
     slot: int = 0
 
 

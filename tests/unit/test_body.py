@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from pgqueue import PgQueue, Reject, Snooze, TaskContext
-from pgqueue.job import current_request, new_id
+from pgqueue.job import ClaimedJob, current_request, new_id
 from pgqueue.worker.body import Body
 from pgqueue.worker.interrupts import Alarm
-from pgqueue.worker.wire import Failed, Job, Snoozed, Succeeded
+from pgqueue.worker.wire import Failed, Snoozed, Succeeded
 
 
 @pytest.fixture
@@ -28,8 +28,9 @@ def body(app: PgQueue) -> Iterator[Body]:
         body._runner.close()
 
 
-def job(task: Any, args: str = "[]", headers: str = "{}") -> Job:
-    return Job(1, new_id(), task.name, args, "{}", headers, "default", 5, 1, 0, None, 0, None, "w")
+def job(task: Any, args: str = "[]", headers: str = "{}") -> ClaimedJob:
+    of_the_row = (new_id(), "default", 5, 1, task.name, args, "{}", headers, 1, 0, None, 0, None)
+    return ClaimedJob(*of_the_row, expired=False, cancelled=False, worker="w", number=1)
 
 
 def test_the_request_is_current_while_it_runs(app: PgQueue, body: Body) -> None:

@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgqueue.job import Progress
+from pgqueue.job import ClaimedJob, Progress
 from pgqueue.worker.wire import (
     HEADER,
     MAX_FRAME,
     Board,
     Failed,
     Frames,
-    Job,
     Jobs,
     Ready,
     Skipped,
@@ -27,8 +26,9 @@ from pgqueue.worker.wire import (
 )
 
 
-def job(number: int, args: str = "[]") -> Job:
-    return Job(number, "id", "task", args, "{}", "{}", "default", 5, 1, 0, None, 0, None, "worker")
+def job(number: int, args: str = "[]") -> ClaimedJob:
+    of_the_row = ("id", "default", 5, 1, "task", args, "{}", "{}", 1, 0, None, 0, None)
+    return ClaimedJob(*of_the_row, expired=False, cancelled=False, worker="worker", number=number)
 
 
 @given(st.lists(st.text(max_size=50), max_size=8), st.integers(1, 64))
