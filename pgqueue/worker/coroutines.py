@@ -60,7 +60,7 @@ class _Slot:
                 job = self._jobs.popleft()
                 message = await self._run(job)
                 message.slot = self._number
-                self._channel.send(message, of=job)
+                self._channel.send(message, of=job, more=bool(self._jobs))
                 self._limits.look()
         self._working = None
 

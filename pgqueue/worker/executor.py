@@ -35,6 +35,7 @@ from pgqueue.worker.wire import (
     Failed,
     Frames,
     Jobs,
+    Outbox,
     Ready,
     Skipped,
     Tired,
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 
 
 UNPROVEN_PAUSE = 0.05
+HOLD = 0.002
+"""Seconds that results of short jobs may gather: a system call for each, and the supervisor's waking up for
+it, cost as much as a job that does nothing."""
 
 
 class SupportsServe(Protocol):
@@ -61,8 +65,10 @@ class SupportsServe(Protocol):
 class Channel:
     """An executor's end of its socket pair."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, outbox: Outbox) -> None:
         self._channel = channel
+        self._outbox = outbox
+        self._sent_at = 0.0
         self._descriptor = channel.fileno()
         self._identity = _identity(self._descriptor)
         self._frames = Frames()
@@ -81,15 +87,25 @@ class Channel:
             return None
         return (decode_jobs(payload) for payload in self._frames.feed(data)) if data else None
 
-    def send(self, message: msgspec.Struct, of: ClaimedJob | None = None) -> None:
-        """Tell the supervisor; what became of a job only in the process that was to run it."""
+    def send(self, message: msgspec.Struct, of: ClaimedJob | None = None, more: bool = False) -> None:
+        """Tell the supervisor; what became of a job only in the process that was to run it.
+
+        Args:
+            of: The job it is about.
+            more: Another job of the slot follows at once: telling this one may wait for it in the outbox.
+        """
         if os.getpid() != self._pid:
             _leave(message)
-        # A body that closed every descriptor may have opened others in their place.
-        if of is not None and _identity(self._descriptor) != self._identity:
-            raise OSError(f"job {of.id} has closed the descriptor of its executor's channel")
+        data = frame(message)
         with self._lock:
-            self._channel.sendall(frame(message))
+            if more and clock() - self._sent_at < HOLD and self._outbox.put(data):
+                return
+            # A body that closed every descriptor may have opened others in their place.
+            if of is not None and _identity(self._descriptor) != self._identity:
+                raise OSError(f"job {of.id} has closed the descriptor of its executor's channel")
+            self._channel.sendall(self._outbox.unsent + data)
+            self._outbox.clear()
+            self._sent_at = clock()
 
 
 class Limits:
@@ -164,6 +180,7 @@ class SingleExecutor:
         self._channel.send(Ready(os.getpid()))
         while (received := self._channel.receive()) is not None:
             for jobs in received:
+                last = jobs.jobs[-1]
                 for job in jobs.jobs:
                     pause = self._starter.pause(job)
                     if pause is None:
@@ -171,7 +188,7 @@ class SingleExecutor:
                     else:
                         time.sleep(pause)
                         message = Skipped(job.number)
-                    self._channel.send(message, of=job)
+                    self._channel.send(message, of=job, more=job is not last)
                     self._limits.look()
 
 
@@ -228,11 +245,11 @@ def become_executor(
         stay_when_asked_to_stop()
         os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_let_go)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        boards = Board.map(board_descriptor, slots)
+        boards, outbox = Board.map(board_descriptor, slots), Outbox(board_descriptor, slots)
         Board.seal(board_descriptor)
         os.close(board_descriptor)
         app.hooks.tell("child_started", ChildStarted(os.getpid(), pool))
-        _executor(pool)(app, Channel(channel), boards).serve()
+        _executor(pool)(app, Channel(channel, outbox), boards).serve()
         status = 0
     except (BrokenPipeError, ConnectionResetError):
         status = 0  # the supervisor is gone

@@ -39,6 +39,7 @@ from pgqueue.worker.wire import (
     Jobs,
     Loaded,
     LoadFailed,
+    Outbox,
     RunHook,
     decode_from_executor,
     decode_from_fork_server,
@@ -60,6 +61,7 @@ class _Line:
 
     executor: Executor
     channel: socket.socket
+    outbox: Outbox
     frames: Frames = field(default_factory=Frames)
     unsent: bytearray = field(default_factory=bytearray)
 
@@ -154,7 +156,7 @@ class Processes:
         self._next_index += 1
         index = self._next_index
         try:
-            boards = Board.map(descriptor, slots)
+            boards, outbox = Board.map(descriptor, slots), Outbox(descriptor, slots)
             request = FORK.pack(index, pool.encode(), slots)
             socket.send_fds(self._control, [request], [theirs.fileno(), descriptor])
         except OSError:
@@ -168,7 +170,7 @@ class Processes:
         for number, board in enumerate(boards):
             board.proven_until = self.proven_until
             executor.slots.append(Slot(executor, number, board))
-        line = _Line(executor, ours)
+        line = _Line(executor, ours, outbox)
         self._lines[index] = line
         self._loop.add_reader(ours, self._read, line)
 
@@ -286,18 +288,27 @@ class Processes:
             return
         self._hand_on(line, data)
 
+    def collect(self) -> None:
+        """Hand on the results that wait behind a job that goes on for longer than one of a chunk should."""
+        for line in list(self._lines.values()):
+            self._look_into_outbox(line, line.outbox.stuck())
+
+    def _look_into_outbox(self, line: _Line, data: bytes) -> None:
+        if data:
+            self._hand_on(line, data, Frames())
+
     def _cut_off(self, line: _Line) -> None:
         """Kill an executor that cannot say any more how its job ends: a task has closed its channel."""
         if self._lines.get(line.executor.index) is line:
             log.error("executor_cut_off pid=%d", line.executor.pid)
             self.kill(line.executor)
 
-    def _hand_on(self, line: _Line, data: bytes) -> None:
+    def _hand_on(self, line: _Line, data: bytes, frames: Frames | None = None) -> None:
         if line.executor.garbled:
             return
         messages: list[FromExecutor] = []
         try:
-            for payload in line.frames.feed(data):
+            for payload in (frames or line.frames).feed(data):
                 messages.append(decode_from_executor(payload))  # those before the fault count
         except (ValueError, msgspec.DecodeError) as error:
             # A task wrote to a descriptor that is not its own: what this executor says from here on cannot
@@ -385,11 +396,13 @@ class Processes:
         ):  # nothing more has arrived; a grandchild may hold the other end open
             while data := line.channel.recv(_READ):
                 self._hand_on(line, data)
+        self._look_into_outbox(line, line.outbox.unsent)
         self._close(line)
         self._lines.pop(line.executor.index, None)
         self.owner.on_exit(line.executor, how, unproven=unproven)
         for slot in line.executor.slots:
             slot.board.close()
+        line.outbox.close()
 
     def _close(self, line: _Line) -> None:
         self._loop.remove_reader(line.channel)

@@ -486,6 +486,7 @@ class Supervisor:
             await asyncio.sleep(STALL if crowded else 0.2)
             now = clock()
             self._health.watch(now)
+            self._processes.collect()
             for pool in self._pools:
                 pool.dispatcher.take_back_stalled(now)
                 for executor in pool.dispatcher.kill_overdue(now):

@@ -44,7 +44,7 @@ class _Slot:
                 job = self.jobs.get()
                 message = self._run(job)
                 message.slot = self._number
-                self._channel.send(message, of=job)
+                self._channel.send(message, of=job, more=not self.jobs.empty())
                 self._limits.look()
 
     def _run(self, job: ClaimedJob) -> Ended | Skipped:

@@ -5,6 +5,11 @@ that the database sent; only the executor decodes them.
 
 An executor has one slot or several, each with jobs of its own, numbered from one, and a board of its own.
 
+What became of a job is told before the slot's next one starts: by the socket, or, when the rest of a chunk of
+short jobs follows at once, by writing it into the outbox, shared memory that outlives the process. It is sent
+with the chunk's last result at the latest. What stays there, behind a job that turned out long or in a
+process that died, the supervisor reads for itself; it knows by the number what it has heard already.
+
 The board is 320 bytes of shared memory per slot. The executor writes the number of the job it starts; the
 supervisor reads it, so a crash costs only the job that was running and a stall is seen without asking. To
 take jobs back, the supervisor writes a range of numbers that must not start any more. Each side writes its
@@ -281,6 +286,69 @@ def decode_from_fork_server(payload: bytes) -> FromForkServer:
     return message
 
 
+class Outbox:
+    """Frames of an executor that are told and not sent yet, in memory that its supervisor sees too.
+
+    The length is written after the frames, and they are only written over once it was zero: what the
+    supervisor finds below the length is whole, except while the executor begins anew, which the round shows.
+    """
+
+    SIZE = 1 << 15
+    _LENGTH, _ROUND = range(2)
+    _FRAMES = 16
+    ROOM = SIZE - _FRAMES
+
+    def __init__(self, descriptor: int, slots: int) -> None:
+        start = slots * Board.SIZE
+        self._memory = mmap.mmap(descriptor, start + self.SIZE)
+        self._bytes = memoryview(self._memory)[start : start + self.SIZE]
+        self._cells = self._bytes[: self._FRAMES].cast("Q")
+        self._frames = self._bytes[self._FRAMES :]
+        self._seen = self._told = (0, 0)
+
+    def put(self, data: bytes | bytearray) -> bool:
+        """Executor: add a frame; False if there is no room for it."""
+        cells = self._cells
+        length = cells[self._LENGTH]
+        end = length + len(data)
+        if end > self.ROOM:
+            return False
+        self._frames[length:end] = data
+        cells[self._LENGTH] = end
+        return True
+
+    @property
+    def unsent(self) -> bytes:
+        """What was put since the last `clear`; when the executor is gone it may have sent some of it."""
+        return bytes(self._frames[: self._cells[self._LENGTH]])
+
+    def clear(self) -> None:
+        """Executor: all has been sent."""
+        cells = self._cells
+        if cells[self._LENGTH]:
+            cells[self._LENGTH] = 0
+            cells[self._ROUND] += 1
+
+    def stuck(self) -> bytes:
+        """Supervisor: what was there the last time this was asked too; each only once."""
+        cells = self._cells
+        before, self._seen = self._seen, (cells[self._ROUND], cells[self._LENGTH])
+        if before != self._seen or self._told == self._seen:
+            return b""
+        data = self.unsent
+        if (cells[self._ROUND], cells[self._LENGTH]) != self._seen:
+            return b""
+        self._told = self._seen
+        return data
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._frames.release()
+        self._cells.release()
+        self._bytes.release()
+        self._memory.close()
+
+
 class Board:
     """The memory that one slot of an executor shares with its supervisor; see the module's text."""
 
@@ -303,13 +371,13 @@ class Board:
 
     @staticmethod
     def create(slots: int = 1) -> int:
-        """A descriptor of fresh shared memory; the caller closes it."""
+        """A descriptor of fresh shared memory for so many boards and an outbox; the caller closes it."""
         if hasattr(os, "memfd_create"):
             descriptor = os.memfd_create("pgqueue-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         else:
             with tempfile.TemporaryFile() as file:
                 descriptor = os.dup(file.fileno())
-        os.ftruncate(descriptor, slots * Board.SIZE)
+        os.ftruncate(descriptor, slots * Board.SIZE + Outbox.SIZE)
         return descriptor
 
     @staticmethod

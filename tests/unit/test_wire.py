@@ -17,6 +17,7 @@ from pgqueue.worker.wire import (
     Failed,
     Frames,
     Jobs,
+    Outbox,
     Ready,
     Skipped,
     Succeeded,
@@ -135,6 +136,64 @@ def test_a_job_that_starts_during_the_recall_stays_with_the_executor(boards: tup
             "job 2 had started before the recall ended: the supervisor must not give it to another"
         )
     assert {ran for ran, _ in outcomes} == {True, False}
+
+
+class TestOutbox:
+    @pytest.fixture
+    def outboxes(self) -> Iterator[tuple[Outbox, Outbox]]:
+        """The executor's and the supervisor's view of one outbox, behind two boards."""
+        descriptor = Board.create(2)
+        executor, supervisor = Outbox(descriptor, 2), Outbox(descriptor, 2)
+        os.close(descriptor)
+        yield executor, supervisor
+        executor.close()
+        supervisor.close()
+
+    def test_what_was_not_sent_is_there_when_the_executor_is_gone(
+        self, outboxes: tuple[Outbox, Outbox]
+    ) -> None:
+        executor, supervisor = outboxes
+        assert supervisor.unsent == b""
+        assert executor.put(frame(Skipped(1)))
+        assert executor.put(frame(Skipped(2)))
+        found = [decode_from_executor(payload) for payload in Frames().feed(supervisor.unsent)]
+        assert found == [Skipped(1), Skipped(2)]
+        executor.clear()
+        assert supervisor.unsent == b""
+
+    def test_it_refuses_what_it_has_no_room_for(self, outboxes: tuple[Outbox, Outbox]) -> None:
+        executor, supervisor = outboxes
+        assert executor.put(bytes(Outbox.ROOM - 1))
+        assert not executor.put(b"xx")
+        assert executor.put(b"x")
+        assert len(supervisor.unsent) == Outbox.ROOM
+
+    def test_what_stays_is_found_at_the_second_look_and_once(self, outboxes: tuple[Outbox, Outbox]) -> None:
+        executor, supervisor = outboxes
+        executor.put(b"one")
+        assert [supervisor.stuck() for _ in range(3)] == [b"", b"one", b""]
+        executor.put(b"two")
+        assert [supervisor.stuck() for _ in range(3)] == [b"", b"onetwo", b""]
+        executor.clear()
+        executor.put(b"threes")
+        assert [supervisor.stuck() for _ in range(3)] == [b"", b"threes", b""], "as long as what was there"
+
+    def test_what_is_written_over_while_it_is_read_is_left(self, outboxes: tuple[Outbox, Outbox]) -> None:
+        executor, supervisor = outboxes
+        executor.put(b"one")
+        assert supervisor.stuck() == b""
+
+        class Overtaken(Outbox):
+            @property
+            def unsent(self) -> bytes:
+                executor.clear()
+                executor.put(b"two")
+                return b"owe"
+
+        supervisor.__class__ = Overtaken
+        assert supervisor.stuck() == b""
+        supervisor.__class__ = Outbox
+        assert [supervisor.stuck() for _ in range(2)] == [b"", b"two"]
 
 
 class TestProgress:
