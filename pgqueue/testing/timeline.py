@@ -15,8 +15,8 @@ from random import Random
 from typing import Any, Final, TypeVar
 
 from pgqueue.database.connection import AsyncCaller, SyncCaller
+from pgqueue.database.link import Row
 from pgqueue.database.session import Session
-from pgqueue.database.store import Row
 from pgqueue.enqueue import Client
 from pgqueue.errors import shown
 from pgqueue.job import JobRequest

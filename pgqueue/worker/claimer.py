@@ -24,19 +24,8 @@ from random import Random
 import msgspec
 
 from pgqueue.database.dsn import retry_delay
-from pgqueue.database.store import (
-    CLAIM_LIMIT,
-    QUERY_CANCELED,
-    Call,
-    Claim,
-    GroupFailed,
-    Link,
-    Outcome,
-    Row,
-    ack_calls,
-    decode_claim,
-    decode_claimed,
-)
+from pgqueue.database.link import QUERY_CANCELED, Call, GroupFailed, Link, Row
+from pgqueue.database.store import CLAIM_LIMIT, Claim, Outcome, ack_calls, decode_claim, decode_claimed
 from pgqueue.errors import DatabaseUnavailable
 from pgqueue.failpoints import failpoint
 from pgqueue.job import ClaimedJob

@@ -25,7 +25,7 @@ from typing import Protocol
 
 from pgqueue.config import Config
 from pgqueue.database.dsn import RETRY_MOST, retry_delay
-from pgqueue.database.store import Call, GroupFailed, Link
+from pgqueue.database.link import Call, GroupFailed, Link
 from pgqueue.errors import DatabaseUnavailable
 from pgqueue.failpoints import failpoint
 from pgqueue.job import Progress

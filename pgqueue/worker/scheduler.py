@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from pgqueue.database.dsn import retry_delay
-from pgqueue.database.store import GroupFailed, Row
+from pgqueue.database.link import GroupFailed, Row
 from pgqueue.errors import DatabaseUnavailable
 from pgqueue.schedule import CatchUp, Decision, Overlap, Standing, decide, read_cadence, tick_id, tick_share
 from pgqueue.worker.identity import Identity

@@ -29,9 +29,9 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from pgqueue.config import Config
+from pgqueue.database.link import QUERY_CANCELED, Call, GroupFailed, Link, Row
 from pgqueue.database.listener import Listener
 from pgqueue.database.migrate import require_revision
-from pgqueue.database.store import QUERY_CANCELED, Call, GroupFailed, Link, Row
 from pgqueue.errors import ConfigError, DatabaseUnavailable, PgQueueError, SchemaMismatch
 from pgqueue.worker.claimer import Claimer, TaskFilter
 from pgqueue.worker.crew import RESTART_FIRST, Crew

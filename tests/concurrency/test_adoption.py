@@ -10,7 +10,9 @@ from random import Random
 import psycopg
 import pytest
 
-from pgqueue.database.store import ClaimedJob, Link, Outcome, Row
+from pgqueue.database.link import Link, Row
+from pgqueue.database.store import Outcome
+from pgqueue.job import ClaimedJob
 from pgqueue.worker.claimer import Claimer
 from pgqueue.worker.dispatcher import Dispatcher
 from pgqueue.worker.identity import Identity

@@ -17,19 +17,11 @@ from typing import Any
 import psycopg
 import pytest
 
+from pgqueue.database.link import Call, GroupFailed, Link
 from pgqueue.database.queries import query
-from pgqueue.database.store import (
-    Call,
-    ClaimedJob,
-    GroupFailed,
-    Link,
-    Outcome,
-    Verb,
-    ack_calls,
-    decode_claim,
-)
+from pgqueue.database.store import Outcome, Verb, ack_calls, decode_claim
 from pgqueue.errors import DatabaseUnavailable
-from pgqueue.job import new_id
+from pgqueue.job import ClaimedJob, new_id
 
 ME, OTHER = "host:1:aaaa", "host:2:bbbb"
 END = 2**63 - 1

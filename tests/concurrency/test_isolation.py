@@ -13,9 +13,10 @@ from typing import Any
 import psycopg
 import pytest
 
+from pgqueue.database.link import Call, Link
 from pgqueue.database.migrate import upgrade
-from pgqueue.database.store import Call, ClaimedJob, Link, Outcome, Verb, ack_calls, decode_claim
-from pgqueue.job import new_id
+from pgqueue.database.store import Outcome, Verb, ack_calls, decode_claim
+from pgqueue.job import ClaimedJob, new_id
 
 LEVELS = ("read committed", "repeatable read", "serializable")
 WORKERS = 4

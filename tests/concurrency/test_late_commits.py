@@ -16,7 +16,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgqueue.database.store import ClaimedJob, Link, decode_claim
+from pgqueue.database.link import Link
+from pgqueue.database.store import decode_claim
+from pgqueue.job import ClaimedJob
 from pgqueue.worker.claimer import Claimer
 from pgqueue.worker.lanes import SWEEP_INTERVAL, TRAILING_INTERVAL, Lane, Lanes
 

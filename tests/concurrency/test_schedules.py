@@ -16,8 +16,8 @@ import pytest
 from psycopg.rows import dict_row
 
 from pgqueue.cron import Cron, ticks_between
+from pgqueue.database.link import Link
 from pgqueue.database.migrate import upgrade
-from pgqueue.database.store import Link
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.scheduler import HELD_INTERVAL, LOOK_INTERVAL, OLD_INTERVAL, Scheduler
 

@@ -24,9 +24,9 @@ import pytest
 from pgqueue import DatabaseError, DatabaseUnavailable, EnqueueUncertain, PermissionDenied, PgQueue, Task
 from pgqueue.database import listener, patient, pool
 from pgqueue.database.dsn import connect_options
+from pgqueue.database.link import Call, Link
 from pgqueue.database.listener import Listener
 from pgqueue.database.queries import query
-from pgqueue.database.store import Call, Link
 from tests.acceptance.workers import eventually
 from tests.faults.relay import Relay
 from tests.servers import Server, own_server

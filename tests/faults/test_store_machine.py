@@ -35,9 +35,10 @@ from psycopg.rows import dict_row
 
 from pgqueue import PgQueue, Signature
 from pgqueue.database.dead import requeue
+from pgqueue.database.link import Call, Row
 from pgqueue.database.queries import query
 from pgqueue.database.session import Session
-from pgqueue.database.store import Call, Outcome, Row, ack_calls, decode_claim
+from pgqueue.database.store import Outcome, ack_calls, decode_claim
 from pgqueue.job import timed_id
 from pgqueue.worker.lanes import Cursor, Lanes
 from tests.faults.store_model import Job, Model, Stretch, Transaction, WorkerRow, WouldWait

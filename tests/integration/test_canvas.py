@@ -13,9 +13,10 @@ from psycopg.rows import dict_row
 
 from pgqueue import JobCancelled, JobFailed, PgQueue, Progress, SchemaMismatch, chain, chord, group
 from pgqueue.database import canvases, dead, jobs
+from pgqueue.database.link import Call, Link
 from pgqueue.database.migrate import downgrade, upgrade
 from pgqueue.database.session import Session, open_session
-from pgqueue.database.store import Call, Link, Outcome, ack_calls
+from pgqueue.database.store import Outcome, ack_calls
 from pgqueue.result import AsyncResult, CanvasResult
 
 Row = dict[str, Any]

@@ -17,9 +17,10 @@ from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
+from pgqueue.database.link import GroupFailed, Link
 from pgqueue.database.migrate import upgrade
 from pgqueue.database.queries import query
-from pgqueue.database.store import GroupFailed, Link, Outcome, ack_calls, decode_claim, decode_claimed
+from pgqueue.database.store import Outcome, ack_calls, decode_claim, decode_claimed
 from pgqueue.job import new_id
 from pgqueue.worker.maintenance import MAX_RESCUES
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pgqueue.database.store import CLAIM_LIMIT, ClaimedJob
+from pgqueue.database.store import CLAIM_LIMIT
+from pgqueue.job import ClaimedJob
 from pgqueue.retry import RetryPolicy
 from pgqueue.worker.dispatcher import (
     CHUNK_JOBS,
