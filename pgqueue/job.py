@@ -159,7 +159,7 @@ class JobRequest:
     given_id: bool = False
 
 
-class ClaimedJob(msgspec.Struct, array_like=True):
+class ClaimedJob(msgspec.Struct, array_like=True, gc=False):
     """A job as its claim answers it, as the supervisor holds it and as an executor gets it.
 
     Attributes:

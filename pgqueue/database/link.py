@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
+import msgspec
 import psycopg
 from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
@@ -35,6 +36,7 @@ from pgqueue.errors import DatabaseError, DatabaseUnavailable
 from pgqueue.failpoints import armed, failpoint
 
 log = logging.getLogger("pgqueue.worker")
+to_json = msgspec.json.Encoder().encode
 
 Row = tuple[Any, ...]
 
@@ -373,6 +375,8 @@ def as_text(value: object) -> bytes | None:
     if isinstance(value, (int, float)):
         return repr(value).encode()
     if isinstance(value, (list, tuple)):
+        if value and isinstance(value[0], float):
+            return b"{" + to_json(value)[1:-1] + b"}"
         return ("{" + ",".join(map(_element, value)) + "}").encode()
     if isinstance(value, datetime):
         return value.isoformat().encode()

@@ -67,7 +67,7 @@ def decode_claimed(rows: list[Row], worker: str) -> tuple[list[ClaimedJob], list
 Verb = Literal["finish", "retry", "snooze", "bury", "release"]
 
 
-class Outcome(msgspec.Struct):
+class Outcome(msgspec.Struct, gc=False):
     """What became of one attempt, waiting to be acked.
 
     Attributes:
@@ -111,6 +111,7 @@ class Outcome(msgspec.Struct):
 
 
 _ID = attrgetter("id")
+_KIND = attrgetter("verb", "worker", "attempt", "state", "kind", "history")
 
 
 def ack_calls(outcomes: Iterable[Outcome], now: float) -> list[tuple[Call, list[Outcome]]]:
@@ -121,9 +122,7 @@ def ack_calls(outcomes: Iterable[Outcome], now: float) -> list[tuple[Call, list[
     """
     groups: dict[tuple[object, ...], list[Outcome]] = {}
     for outcome in sorted(outcomes, key=_ID):  # the statements find an id's place among them by halving
-        how = outcome.state if outcome.verb == "finish" else outcome.kind
-        key = (outcome.verb, outcome.worker, outcome.attempt, how, outcome.history)
-        groups.setdefault(key, []).append(outcome)
+        groups.setdefault(_KIND(outcome), []).append(outcome)
     return [(_ack_call(group, now), group) for group in groups.values()]
 
 
@@ -141,15 +140,15 @@ def _ack_call(group: list[Outcome], now: float) -> Call:
     if first.verb == "finish":
         parameters |= {
             "state": first.state,
-            "started_ago": "{" + ",".join([f"{now - o.started:.6f}" for o in group]) + "}",
-            "finished_ago": "{" + ",".join([f"{now - o.finished:.6f}" for o in group]) + "}",
+            "started_ago": [now - outcome.started for outcome in group],
+            "finished_ago": [now - outcome.finished for outcome in group],
             "results": _column(o.result for o in group),
             "result_errors": _column(o.result_error for o in group),
         }
         return Call("ack_finished", parameters)
     if first.verb == "release":
         return Call("release_jobs", parameters)
-    delays = "{" + ",".join([f"{o.delay:.6f}" for o in group]) + "}"
+    delays = [outcome.delay for outcome in group]
     if first.verb == "snooze":
         return Call("ack_snoozed", parameters | {"delays": delays})
     parameters |= {

@@ -19,6 +19,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from random import Random
 
 import msgspec
@@ -35,6 +36,10 @@ from pgqueue.worker.lanes import Lanes, Plan
 from pgqueue.worker.wire import clock
 
 log = logging.getLogger("pgqueue.worker")
+
+_POSITION = attrgetter("position")
+_LANE = attrgetter("queue", "priority")
+_PLACE = attrgetter("queue", "priority", "position")
 
 FLUSH_AFTER = 0.005
 FIRST_PAUSE = 0.002
@@ -381,9 +386,7 @@ class Claimer:
             log.error("claim_undecodable error=%s", error)
             await self._adopt(worker)
             return
-        more = self._lanes.absorb(
-            plan, [(job.queue, job.priority, job.position) for job in claim.jobs], claim.xmin, claim.xmax, now
-        )
+        more = self._lanes.absorb(plan, list(map(_PLACE, claim.jobs)), claim.xmin, claim.xmax, now)
         if claim.jobs:
             self._finds.append((now, len(claim.jobs)))
             self._found += len(claim.jobs)
@@ -421,14 +424,20 @@ class Claimer:
     @staticmethod
     def _in_order(plan: Plan, claim: Claim) -> list[ClaimedJob]:
         """The rows as the lanes are served: they come back in any order."""
-        rank = {(stretch.lane.queue, stretch.lane.priority): n for n, stretch in enumerate(plan.ranges)}
-        return sorted(claim.jobs, key=lambda job: (rank[job.queue, job.priority], job.position))
+        jobs = sorted(claim.jobs, key=_POSITION)
+        if len(set(map(_LANE, jobs))) > 1:
+            rank = {(stretch.lane.queue, stretch.lane.priority): n for n, stretch in enumerate(plan.ranges)}
+            jobs.sort(key=lambda job: rank[job.queue, job.priority])
+        return jobs
 
     def _take(self, jobs: list[ClaimedJob]) -> None:
         self._dispatcher.add(jobs, clock())
         if self._dispatcher.outcomes and self._first_outcome is None:
             self._first_outcome = clock()
-        self._dispatch()
+        if self._dispatcher.free_slots:
+            self._dispatch()
+        else:  # the next round goes out first, so that the server has work while this is done
+            asyncio.get_running_loop().call_soon(self._dispatch)
 
     async def _adopt(self, worker: str) -> int:
         """Take over, row by row, the jobs that run under our name without our knowing; returns how many."""

@@ -43,7 +43,7 @@ from pgqueue.worker.wire import (
 SHORT = 0.001
 """Seconds: tasks that take less travel in chunks."""
 CHUNK_TIME = 0.005
-CHUNK_JOBS = 64
+CHUNK_JOBS = 128
 PREFETCH_TIME = 0.1
 PREFETCH_JOBS = 2 * CLAIM_LIMIT
 STALL = 0.02
@@ -294,6 +294,10 @@ class Dispatcher:
             return None
         slot.stuck = False
         cancelled = slot.cancelling.pop(message.number, None) is not None
+        if isinstance(message, Succeeded):
+            self.pace.observe(job.task, message.finished - message.started)
+            self._succeeded(job, message)
+            return None
         if isinstance(message, Stale):
             self.stale += 1
             return job
@@ -301,28 +305,6 @@ class Dispatcher:
             self._end(job, verb="release", queue=job.queue, uncertain=message.uncertain)
             return None
         self.pace.observe(job.task, message.finished - message.started)
-        if isinstance(message, Succeeded):
-            self.succeeded += 1
-            canvas = _is_of_canvas(job)
-            if message.acked:
-                if canvas:
-                    self.ended_nodes.append(job.id)
-                return None
-            self.outcomes.append(
-                Outcome(
-                    job.id,
-                    job.attempt,
-                    job.worker,
-                    "finish",
-                    result=message.result,
-                    result_error=message.result_error,
-                    started=message.started,
-                    finished=message.finished,
-                    history=canvas or self._facts(job.task).history,
-                    canvas=canvas,
-                )
-            )
-            return None
         if cancelled or isinstance(message, Cancelled):
             self._end(
                 job, verb="finish", state="cancelled", started=message.started, finished=message.finished
@@ -347,6 +329,27 @@ class Dispatcher:
             traceback=message.traceback,
         )
         return None
+
+    def _succeeded(self, job: ClaimedJob, message: Succeeded) -> None:
+        self.succeeded += 1
+        canvas = _is_of_canvas(job)
+        if not message.acked:
+            self.outcomes.append(
+                Outcome(
+                    job.id,
+                    job.attempt,
+                    job.worker,
+                    "finish",
+                    result=message.result,
+                    result_error=message.result_error,
+                    started=message.started,
+                    finished=message.finished,
+                    history=canvas or self._facts(job.task).history,
+                    canvas=canvas,
+                )
+            )
+        elif canvas:
+            self.ended_nodes.append(job.id)
 
     def skipped(self, slot: Slot, message: Skipped) -> None:
         """An executor reports that it did not start a job, because the job was taken back."""

@@ -71,7 +71,7 @@ class Ready(msgspec.Struct, array_like=True, tag="ready"):
     pid: int
 
 
-class Succeeded(msgspec.Struct, array_like=True, tag="ok"):
+class Succeeded(msgspec.Struct, array_like=True, tag="ok", gc=False):
     """Executor to supervisor. Times are `clock()`; `result` is JSON text or None.
 
     `acked`: the database knows already.
@@ -86,7 +86,7 @@ class Succeeded(msgspec.Struct, array_like=True, tag="ok"):
     slot: int = 0
 
 
-class Failed(msgspec.Struct, array_like=True, tag="failed"):
+class Failed(msgspec.Struct, array_like=True, tag="failed", gc=False):
     """Executor to supervisor: the run failed. `delay` is None when the job is dead, and `reason` says why.
 
     `reason` "crashed": it was cut off, and counts as a crash.
@@ -105,7 +105,7 @@ class Failed(msgspec.Struct, array_like=True, tag="failed"):
     slot: int = 0
 
 
-class Snoozed(msgspec.Struct, array_like=True, tag="snoozed"):
+class Snoozed(msgspec.Struct, array_like=True, tag="snoozed", gc=False):
     """Executor to supervisor: run it again after `delay` seconds, and nothing was wrong."""
 
     number: int
@@ -115,7 +115,7 @@ class Snoozed(msgspec.Struct, array_like=True, tag="snoozed"):
     slot: int = 0
 
 
-class Cancelled(msgspec.Struct, array_like=True, tag="cancelled"):
+class Cancelled(msgspec.Struct, array_like=True, tag="cancelled", gc=False):
     """Executor to supervisor: the run has ended because somebody wanted it cancelled."""
 
     number: int
@@ -124,7 +124,7 @@ class Cancelled(msgspec.Struct, array_like=True, tag="cancelled"):
     slot: int = 0
 
 
-class Released(msgspec.Struct, array_like=True, tag="released"):
+class Released(msgspec.Struct, array_like=True, tag="released", gc=False):
     """Executor to supervisor: nothing of the run is there, and nothing was wrong with it.
 
     `uncertain`: or it has ended, and the database knows.
@@ -135,7 +135,7 @@ class Released(msgspec.Struct, array_like=True, tag="released"):
     slot: int = 0
 
 
-class Stale(msgspec.Struct, array_like=True, tag="stale"):
+class Stale(msgspec.Struct, array_like=True, tag="stale", gc=False):
     """Executor to supervisor: nothing of the run is there, because the job is somebody else's."""
 
     number: int
@@ -148,7 +148,7 @@ class Tired(msgspec.Struct, array_like=True, tag="tired"):
     memory: int
 
 
-class Skipped(msgspec.Struct, array_like=True, tag="skipped"):
+class Skipped(msgspec.Struct, array_like=True, tag="skipped", gc=False):
     """Executor to supervisor: not started, because it was taken back."""
 
     number: int
