@@ -49,6 +49,10 @@ RUSH = 200
 """Jobs a second above which a worker that keeps up polls instead of asking to be woken. Counted in jobs, not
 in claims: producers that wait for each other's NOTIFY are slow, and few claims would seem to find work."""
 RUSH_PAUSE = 0.003
+GATHER = 2e-6
+"""Seconds, for each job of the last second, that jobs and outcomes gather before a round in a rush: nothing
+for the steps of a chain, 350 a second, and rounds of 50 jobs at 5,000 a second."""
+GATHER_MOST = 0.01
 DISARM_INTERVAL = 1.0
 PASSING_COST = 10
 """Of the time that an empty look at jobs of some tasks took: the pause before the next."""
@@ -242,9 +246,17 @@ class Claimer:
         dispatcher = self._dispatcher
         return (
             len(outcomes) >= CLAIM_LIMIT
-            or (self._first_outcome is not None and now - self._first_outcome >= FLUSH_AFTER)
-            or (not dispatcher.in_flight and not dispatcher.waiting)
+            or (self._first_outcome is not None and now >= self._flush_at(now))
+            or (not dispatcher.in_flight and not dispatcher.waiting and not self._rushing(now))
         )
+
+    def _flush_at(self, now: float) -> float:
+        """When the outcomes in hand are to go at the latest."""
+        assert self._first_outcome is not None  # noqa: S101
+        return self._first_outcome + (self._gathering() if self._rushing(now) else FLUSH_AFTER)
+
+    def _gathering(self) -> float:
+        return min(GATHER * self._found, GATHER_MOST)
 
     async def _wait(self) -> None:
         while True:
@@ -256,7 +268,7 @@ class Claimer:
                 break
             deadline = self._look_again_at if wanted else now + 1.0
             if self._first_outcome is not None:
-                deadline = min(deadline, self._first_outcome + FLUSH_AFTER)
+                deadline = min(deadline, self._flush_at(now))
             self._event.clear()
             try:
                 async with asyncio.timeout(max(deadline - now, 0.0005)):
@@ -399,7 +411,7 @@ class Claimer:
         elif claim.jobs or not plan.to_the_end or not plan.complete:
             # Look to the end, with the hint armed, before going to sleep; in a rush let some jobs gather.
             self._looking = True
-            self._look_again_at = now + (RUSH_PAUSE if self._rushing(now) else 0.0)
+            self._look_again_at = now + (max(RUSH_PAUSE, self._gathering()) if self._rushing(now) else 0.0)
         else:
             self._found_nothing(now)
             if self._tasks:
@@ -415,7 +427,7 @@ class Claimer:
 
     def _found_nothing(self, now: float) -> None:
         if self._rushing(now):
-            self._look_again_at = clock() + RUSH_PAUSE
+            self._look_again_at = clock() + max(RUSH_PAUSE, self._gathering())
             return
         pause = min(self._pause, self._poll_interval * self._random.uniform(0.8, 1.0))
         self._look_again_at = clock() + (min(pause, RENEW) if self._armed_at is not None else pause)

@@ -58,6 +58,9 @@ PAYLOAD_TIMEOUTS = 3
 KILL_PATIENCE = 5.0
 """Seconds until a killed executor counts as gone although its fork server, which may be stuck, does not say
 so."""
+AFTER_THE_CLAIM = 0.01
+"""Seconds from a notification to the look for due jobs. Mostly it tells of a job that is ready, whose claim
+comes first."""
 LEAVE_PATIENCE = 3.0
 """Seconds a leaving worker at least tries to reach the database, however little time is left."""
 
@@ -344,7 +347,7 @@ class Supervisor:
 
     def _on_notify(self, _queue: str) -> None:
         self._pools.wake()
-        self._maintenance.look_for_due_jobs()
+        self._maintenance.look_for_due_jobs(AFTER_THE_CLAIM)
 
     def _on_control(self, what: str) -> None:
         """Somebody has changed a schedule, or wants the job of this id cancelled."""
