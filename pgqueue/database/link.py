@@ -32,6 +32,7 @@ from psycopg.rows import tuple_row
 from pgqueue.database.dsn import connect_options, cut, cut_short, is_pooled, one_line, unreachable
 from pgqueue.database.patient import ANSWER_PATIENCE
 from pgqueue.database.queries import query
+from pgqueue.database.waiting import ready
 from pgqueue.errors import DatabaseError, DatabaseUnavailable
 from pgqueue.failpoints import armed, failpoint
 
@@ -274,7 +275,7 @@ class _Pipeline:
         preparing = [is_preparing for statement in statements for is_preparing in self._send(statement)]
         pgconn.pipeline_sync()
         while pgconn.flush():
-            if await self._ready(pgconn.socket, to_write=True):
+            if await ready(pgconn.socket, to_write=True):
                 pgconn.consume_input()
         await self._receive(iter(preparing))
         pgconn.exit_pipeline_mode()
@@ -337,31 +338,11 @@ class _Pipeline:
                     error = error_from_result(answer)
             if pgconn.status == ConnStatus.BAD:
                 raise error or psycopg.OperationalError(pgconn.get_error_message())
-            await self._ready(pgconn.socket)
+            await ready(pgconn.socket)
             try:
                 pgconn.consume_input()
             except psycopg.OperationalError as lost:
                 raise error or lost from None
-
-    @staticmethod
-    async def _ready(descriptor: int, *, to_write: bool = False) -> bool:
-        """Wait until there is something to read, or room to write; returns whether there is to read."""
-        loop = asyncio.get_running_loop()
-        ready: asyncio.Future[bool] = loop.create_future()
-
-        def tell(to_read: bool) -> None:
-            if not ready.done():
-                ready.set_result(to_read)
-
-        loop.add_reader(descriptor, tell, True)
-        if to_write:
-            loop.add_writer(descriptor, tell, False)
-        try:
-            return await ready
-        finally:
-            loop.remove_reader(descriptor)
-            if to_write:
-                loop.remove_writer(descriptor)
 
 
 def as_text(value: object) -> bytes | None:

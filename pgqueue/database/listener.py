@@ -19,7 +19,7 @@ import psycopg
 from psycopg import sql
 
 from pgqueue.database.dsn import connect_options, cut, is_pooled, one_line, retry_delay
-from pgqueue.errors import DatabaseUnavailable
+from pgqueue.database.waiting import ready
 
 log = logging.getLogger("pgqueue.worker")
 
@@ -77,27 +77,29 @@ class Listener:
                     with _answering(connection):
                         listens = await self._hears(connection)
                         if listens:
+                            connection.add_notify_handler(self._hear)
                             await connection.execute(_on_channel("LISTEN {}", f"{self._channel}_control"))
                             await connection.execute(_on_channel("LISTEN {}", self._channel))
                     failures = 0
                     if listens:
                         told = False
                         self._on_listen()
-                        async for notification in connection.notifies():
-                            is_work = notification.channel == self._channel
-                            (self._on_notify if is_work else self._on_control)(notification.payload)
-                        raise DatabaseUnavailable("the listening connection ended")
+                        await _read_for_ever(connection)
                 self._on_deaf()
                 if not told:
                     told = True
                     log.warning("pooler_found error=%s", self._what_to_do())
                 await asyncio.sleep(TRY_AGAIN * self._random.uniform(0.8, 1.0))
-            except (psycopg.Error, DatabaseUnavailable) as error:
+            except psycopg.Error as error:
                 failures += 1
                 if failures == 1:
                     self._on_deaf()
                     log.warning("database_unavailable connection=listen error=%s", one_line(error))
                 await asyncio.sleep(retry_delay(failures, self._random))
+
+    def _hear(self, notification: psycopg.Notify) -> None:
+        is_work = notification.channel == self._channel
+        (self._on_notify if is_work else self._on_control)(notification.payload)
 
     def _what_to_do(self) -> str:
         if self._dsn == self._notify_dsn:
@@ -137,6 +139,17 @@ class Listener:
             yield connection
         finally:
             await connection.close()
+
+
+async def _read_for_ever(connection: psycopg.AsyncConnection) -> None:
+    """Pass on what is notified, as psycopg's `notifies` does, without waking up in between."""
+    pgconn = connection.pgconn
+    while True:
+        while (found := pgconn.notifies()) is not None:
+            if pgconn.notify_handler is not None:
+                pgconn.notify_handler(found)
+        await ready(pgconn.socket)
+        pgconn.consume_input()
 
 
 def _on_channel(command: LiteralString, channel: str) -> sql.Composed:

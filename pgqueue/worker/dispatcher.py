@@ -44,6 +44,8 @@ SHORT = 0.001
 """Seconds: tasks that take less travel in chunks."""
 CHUNK_TIME = 0.005
 CHUNK_JOBS = 128
+WORTH_SHARING = 0.0002
+"""Seconds of work that one executor gets alone: waking another up for half of it takes longer."""
 PREFETCH_TIME = 0.1
 PREFETCH_JOBS = 2 * CLAIM_LIMIT
 STALL = 0.02
@@ -600,12 +602,13 @@ class Dispatcher:
         """The next jobs for one executor; empty when it has enough."""
         waiting, expect = self._waiting, self.pace.expect
         slots = sum(len(executor.slots) for executor in self.executors.values())
-        room = min(CHUNK_JOBS - len(slot.in_flight), max(1, len(waiting) // slots))
+        share = max(1, len(waiting) // slots)
+        room = CHUNK_JOBS - len(slot.in_flight)
         if self._max_tasks is not None:
             room = min(room, self._max_tasks - slot.executor.sent)
         planned = 0.0
         if slot.in_flight:
-            if room < CHUNK_JOBS // 2:
+            if min(room, share) < CHUNK_JOBS // 2:
                 return []
             for job in slot.in_flight.values():
                 expected = expect(job.task)
@@ -613,7 +616,7 @@ class Dispatcher:
                     return []
                 planned += expected
         chunk: list[ClaimedJob] = []
-        while waiting and len(chunk) < room:
+        while waiting and len(chunk) < room and (len(chunk) < share or planned < WORTH_SHARING):
             job = waiting[0]
             expected = expect(job.task)
             if expected is None or expected > SHORT or job.args is None:
