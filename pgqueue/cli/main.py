@@ -33,6 +33,7 @@ _COMMANDS = {
     "prune": "pgqueue.cli.retention:prune",
     "schedule": "pgqueue.cli.schedule:schedule",
     "doctor": "pgqueue.cli.doctor:doctor",
+    "bench": "pgqueue.cli.bench:bench",
 }
 
 

@@ -392,6 +392,7 @@ LINES: tuple[Line, ...] = (
     Line(("doctor",), 2, {"PGQUEUE_DSN": ""}, names="PGQUEUE_DSN", topic=DATABASES),
     Line(("doctor", "--dsn", "<dsn>"), names="--dsn"),
     Line(("doctor", "--only", "drift,clock"), names="drift,clock"),
+    Line(("--schema", "shop", "bench"), names="--schema"),
     # One that cannot be used.
     *(Line(("--dsn", dsn, *command), 4, topic=DATABASES) for dsn in UNREACHABLE for command in (READ, ("enqueue", "t"), ("migrate",))),
     Line(("--dsn", "<dsn of a database without the schema>", *READ), 5, names="pgqueue migrate", topic=DATABASES),
@@ -408,6 +409,9 @@ LINES: tuple[Line, ...] = (
          names="pgqueue migrate", topic=DATABASES),
     Line(("--dsn", "<dsn with a wrong password>", "-A", "shop:app", "worker"), 4, own_process=True, topic=DATABASES),
     Line(("--dsn", "<dsn of a closed port>", "demo", "--orders", "1"), 4, own_process=True, topic=DATABASES),
+    Line(("--dsn", "<dsn of a closed port>", "bench"), 4, topic=DATABASES),
+    Line(("--dsn", "<dsn of a read-only session>", "bench"), 1, names="read-only", topic=DATABASES),
+    Line(("--dsn", "<dsn of a role without rights>", "bench"), 1, names="GRANT CREATE ON DATABASE", topic=DATABASES),
     Line(("--dsn", "<dsn of a role without rights>", *READ), 1, names="rivilege", topic=DATABASES),
     Line(("--dsn", "<dsn of a role without rights>", "enqueue", "t"), 1, names="rivilege", topic=DATABASES),
     Line(("--dsn", "<dsn of a role without rights>", "inspect", "queues"), 1, names="rivilege", topic=DATABASES),

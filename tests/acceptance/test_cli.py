@@ -81,6 +81,7 @@ COMMANDS = [
     ["schedule", "run-now"],
     ["schedule", "next"],
     ["doctor"],
+    ["bench"],
 ]
 
 
