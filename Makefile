@@ -37,8 +37,8 @@ demo: install ## run the example shop on an embedded Postgres (ORDERS=200)
 .PHONY: test
 test: install check tools ## install, check, and run every test but the slow ones; what CI runs
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
-	@echo "a worker against the bare SQL loop, as a ratio:"
-	@$(BIN)/python benchmarks/drain.py --only drain --jobs 20000 --runs 3 --check 0.15
+	@echo "what a job costs, as ratios:"
+	@$(BIN)/python benchmarks/quick.py
 
 .PHONY: check
 check: lint types imports ## lint, types and the import rules

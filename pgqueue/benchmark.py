@@ -37,7 +37,7 @@ Bar = Callable[[str, int], AbstractContextManager[Tick]]
 BULK: Final = 1000
 """Jobs of one `enqueue_many`."""
 MOST_BULK: Final = 300_000
-"""Jobs that are enqueued in bulk at most: some 50 MB of disk."""
+"""Jobs that are enqueued in bulk at most: 70 MB of tables, and 100 MB of the server's log."""
 LONE_PAUSE: Final = 0.05
 """Seconds between two lone jobs: the worker is asleep again by then, and still listens."""
 FEWEST_LONE: Final = 20
@@ -255,7 +255,10 @@ class Keeper:
 
 
 class Worker:
-    """A real worker process on the session's queue, ready to run within its block.
+    """A real worker process on the session's queue; within its block it is up, has run a job and is idle.
+
+    Attributes:
+        process: The supervisor.
 
     Args:
         arguments: Behind `pgqueue -A pgqueue.noop:app worker`.
@@ -291,7 +294,7 @@ class Worker:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `_end`)
 
     def __enter__(self) -> Worker:
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             self._command,
             env=self._environment,
             stdin=subprocess.DEVNULL,
@@ -299,9 +302,10 @@ class Worker:
             stderr=self._log,
             start_new_session=True,  # Ctrl-C is for us, who stop it
         )
-        self._keeper.tell(self._process.pid)
+        self._keeper.tell(self.process.pid)
         try:
             self._await_start()
+            self._run(1, lambda _: None)
         except BaseException:
             self._end()
             raise
@@ -321,26 +325,24 @@ class Worker:
             time.sleep(0.02)
 
     def _end(self) -> None:
-        self._process.terminate()
+        self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(PATIENCE)
+            self.process.wait(PATIENCE)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # what is left of it
-        self._process.wait()
+            os.killpg(self.process.pid, signal.SIGKILL)  # what is left of it
+        self.process.wait()
         self._keeper.tell(0)
         self._log.close()
 
     def check(self) -> None:
         """WorkerError if it has ended."""
-        status = self._process.poll()
+        status = self.process.poll()
         if status is not None:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             raise self._error(f"ended with {how}")
 
     def drain(self, jobs: int, tick: Tick) -> Speed:
         """Let it run so many jobs that appear at once; ticks are jobs."""
-        # The worker is up and idle first: what is measured is the drain, not the start of Python.
-        self._run(1, tick=lambda _: None)
         stage.truncate(self._session)
         self._run(jobs, tick)
         (row,) = self._session.run("measure_drain")
