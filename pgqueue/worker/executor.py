@@ -245,11 +245,11 @@ def become_executor(
         stay_when_asked_to_stop()
         os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_let_go)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        boards, outbox = Board.map(board_descriptor, slots), Outbox(board_descriptor, slots)
+        boards = Board.map(board_descriptor, slots)
         Board.seal(board_descriptor)
         os.close(board_descriptor)
         app.hooks.tell("child_started", ChildStarted(os.getpid(), pool))
-        _executor(pool)(app, Channel(channel, outbox), boards).serve()
+        _executor(pool)(app, Channel(channel, Outbox(boards)), boards).serve()
         status = 0
     except (BrokenPipeError, ConnectionResetError):
         status = 0  # the supervisor is gone

@@ -156,7 +156,7 @@ class Processes:
         self._next_index += 1
         index = self._next_index
         try:
-            boards, outbox = Board.map(descriptor, slots), Outbox(descriptor, slots)
+            boards = Board.map(descriptor, slots)
             request = FORK.pack(index, pool.encode(), slots)
             socket.send_fds(self._control, [request], [theirs.fileno(), descriptor])
         except OSError:
@@ -170,7 +170,7 @@ class Processes:
         for number, board in enumerate(boards):
             board.proven_until = self.proven_until
             executor.slots.append(Slot(executor, number, board))
-        line = _Line(executor, ours, outbox)
+        line = _Line(executor, ours, Outbox(boards))
         self._lines[index] = line
         self._loop.add_reader(ours, self._read, line)
 

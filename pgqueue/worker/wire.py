@@ -298,9 +298,10 @@ class Outbox:
     _FRAMES = 16
     ROOM = SIZE - _FRAMES
 
-    def __init__(self, descriptor: int, slots: int) -> None:
-        start = slots * Board.SIZE
-        self._memory = mmap.mmap(descriptor, start + self.SIZE)
+    def __init__(self, boards: list[Board]) -> None:
+        """Behind these boards, in the same memory: each mapping would keep a descriptor open."""
+        self._memory = boards[0].memory
+        start = len(boards) * Board.SIZE
         self._bytes = memoryview(self._memory)[start : start + self.SIZE]
         self._cells = self._bytes[: self._FRAMES].cast("Q")
         self._frames = self._bytes[self._FRAMES :]
@@ -346,7 +347,7 @@ class Outbox:
         self._frames.release()
         self._cells.release()
         self._bytes.release()
-        self._memory.close()
+        del self._memory
 
 
 class Board:
@@ -358,7 +359,7 @@ class Board:
     _FACTS = struct.Struct("=QddH")
 
     def __init__(self, memory: mmap.mmap, slot: int = 0) -> None:
-        self._memory = memory
+        self.memory = memory
         start = slot * self.SIZE
         self._bytes = memoryview(memory)[start : start + self.SIZE]
         self._cells = self._bytes.cast("Q")
@@ -366,7 +367,7 @@ class Board:
     @classmethod
     def map(cls, descriptor: int, slots: int = 1) -> list[Board]:
         """The boards of an executor's slots, on shared memory that `create` has made for so many."""
-        memory = mmap.mmap(descriptor, slots * cls.SIZE)
+        memory = mmap.mmap(descriptor, slots * cls.SIZE + Outbox.SIZE)
         return [cls(memory, slot) for slot in range(slots)]
 
     @staticmethod
@@ -394,13 +395,13 @@ class Board:
     def keep_from_children(self) -> None:
         """Executors forked from here on have no business with this one's boards."""
         if hasattr(mmap, "MADV_DONTFORK"):
-            self._memory.madvise(mmap.MADV_DONTFORK)
+            self.memory.madvise(mmap.MADV_DONTFORK)
 
     def close(self) -> None:
         """Let go of it; with the last board of an executor the memory is unmapped."""
         self._cells.release()
         self._bytes.release()
-        del self._memory
+        del self.memory
 
     def start(self, number: int) -> bool:
         """Executor: mark job `number` as started; False if it was taken back and must not run."""

@@ -102,7 +102,7 @@ def test_a_job_that_starts_during_the_recall_stays_with_the_executor(boards: tup
 
     class Racing(Board):
         def __init__(self) -> None:
-            self._memory = supervisor._memory
+            self.memory = supervisor.memory
             self._cells = Cells(supervisor._cells)  # type: ignore[assignment]
 
     class Cells:
@@ -143,7 +143,7 @@ class TestOutbox:
     def outboxes(self) -> Iterator[tuple[Outbox, Outbox]]:
         """The executor's and the supervisor's view of one outbox, behind two boards."""
         descriptor = Board.create(2)
-        executor, supervisor = Outbox(descriptor, 2), Outbox(descriptor, 2)
+        executor, supervisor = (Outbox(Board.map(descriptor, 2)) for _ in range(2))
         os.close(descriptor)
         yield executor, supervisor
         executor.close()
