@@ -109,8 +109,8 @@ test-pg16: install ## make test's tests on PostgreSQL 16, from the wheel
 	PGQUEUE_TEST_PG=16 $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: bench
-bench: install ## measure how fast a worker drains a queue
-	$(BIN)/python benchmarks/drain.py
+bench: install ## benchmarks against peers, what is missing of them (PEERS="…" MEASURES="…" BENCH_ARGS="--quick")
+	$(BIN)/python -m benchmarks run $(if $(PEERS),--peers $(PEERS)) $(if $(MEASURES),--measures $(MEASURES)) $(BENCH_ARGS)
 
 .PHONY: docs
 docs: install ## build docs/ as a site into site/; a warning is an error

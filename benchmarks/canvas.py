@@ -20,7 +20,8 @@ import time
 from contextlib import ExitStack
 
 import psycopg
-from drain import database, worker
+from server import migrated_database as database
+from server import pgqueue_worker
 
 from pgqueue import PgQueue, chain, chord
 from pgqueue.database import embedded
@@ -84,7 +85,7 @@ def main() -> None:
             server = stack.enter_context(embedded.EmbeddedPostgres()).dsn
         dsn = stack.enter_context(database(server))
         connection = stack.enter_context(psycopg.connect(dsn, autocommit=True))
-        stack.enter_context(worker(dsn, arguments.executors))
+        stack.enter_context(pgqueue_worker(dsn, "-c", str(arguments.executors)))
         app = PgQueue("bench", dsn=dsn)
         stack.callback(app.close)
         plain(app, connection, 1_000)  # what is done once is done

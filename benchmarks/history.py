@@ -29,7 +29,7 @@ from datetime import date, timedelta
 from typing import Any
 
 import psycopg
-from drain import database
+from server import migrated_database as database
 
 from pgqueue.cli.output import progress_bar
 from pgqueue.database import embedded

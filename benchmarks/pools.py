@@ -20,19 +20,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
 import psycopg
-from drain import database
+from server import migrated_database as database
+from server import pgqueue_worker
 
 from pgqueue.database import embedded
 
@@ -42,24 +38,11 @@ MEASURES = ("head-of-line", "two-workers", "surprise", "coroutines", "memory", "
 SHORT, COUNT, SLOTS = 0.01, 400, 4
 
 
-@contextmanager
-def worker(dsn: str, *flags: str, app: str = "pooled:app", folder: Path = HERE) -> Iterator[psutil.Process]:
-    """A real worker process, ready to run."""
-    command = [sys.executable, "-m", "pgqueue.cli.main", "-A", app, "--dsn", dsn, "worker", *flags]
-    with tempfile.NamedTemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [*command, "--shutdown-timeout", "0"], cwd=folder, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            deadline = time.monotonic() + 30
-            while "worker_started" not in Path(log.name).read_text():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"pools: the worker did not start:\n{Path(log.name).read_text()}")
-                time.sleep(0.01)
-            yield psutil.Process(process.pid)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+def worker(
+    dsn: str, *flags: str, app: str = "pooled:app", folder: Path = HERE
+) -> AbstractContextManager[psutil.Process]:
+    """A real worker process, ready to run; what it runs when it is stopped goes back at once."""
+    return pgqueue_worker(dsn, "--shutdown-timeout", "0", *flags, app=app, folder=folder)
 
 
 class Queue:

@@ -1,0 +1,93 @@
+"""What a queue could do at best here: raw psycopg on a table of its own. No execution, history or fencing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+from typing import Any
+
+import driving
+import psycopg
+
+TABLE = """
+CREATE TABLE IF NOT EXISTS bench_jobs (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    state text NOT NULL DEFAULT 'ready',
+    task text NOT NULL,
+    args jsonb NOT NULL,
+    enqueued_at timestamptz NOT NULL DEFAULT now()
+) WITH (
+    autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_cost_delay = 0
+)
+"""
+INSERT = "INSERT INTO bench_jobs (task, args) VALUES (%s, %s)"
+COPY = "COPY bench_jobs (task, args) FROM STDIN"
+CLAIM = """
+UPDATE bench_jobs SET state = 'running' WHERE id = ANY (ARRAY(
+    SELECT id FROM bench_jobs WHERE state = 'ready' AND id > %s ORDER BY id LIMIT 500 FOR UPDATE SKIP LOCKED))
+RETURNING id, task, args
+"""
+DELETE = "DELETE FROM bench_jobs WHERE id = ANY (%s)"
+
+
+class Client:
+    def __init__(self) -> None:
+        self._connection: psycopg.Connection[Any] = psycopg.connect(driving.url(), autocommit=True)
+
+    def single(self) -> None:
+        # With autocommit the server begins and commits around the statement itself: one round trip.
+        self._connection.execute(INSERT, ["noop", "[]"])
+
+    def bulk(self, jobs: int, text: str | None) -> None:
+        args = json.dumps([] if text is None else [text])
+        with self._connection.cursor() as cursor, cursor.copy(COPY) as copy:
+            for _ in range(jobs):
+                copy.write_row(("noop", args))
+
+    def transaction(self) -> None:
+        with self._connection.transaction():
+            self._connection.execute(driving.ORDER)
+            self._connection.execute(INSERT, ["noop", "[]"])
+
+    def stamp(self, nanoseconds: int) -> None:
+        raise driving.Unsupported("nobody is woken")
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class Driver:
+    asynchronous = False
+
+    def setup(self) -> None:
+        with psycopg.connect(driving.url()) as connection:
+            connection.execute(TABLE)
+            connection.execute(driving.ORDERS)
+
+    def connect(self) -> Client:
+        return Client()
+
+    def worker(self, options: argparse.Namespace) -> None:
+        stopped = False
+
+        def stop(number: int, frame: object) -> None:
+            nonlocal stopped
+            stopped = True
+
+        signal.signal(signal.SIGTERM, stop)
+        with psycopg.connect(driving.url(), autocommit=True) as connection:
+            print("ready", flush=True)
+            cursor = 0
+            while not stopped:
+                rows = connection.execute(CLAIM, [cursor]).fetchall()
+                # From the start again when nothing is left: a late commit may be behind the cursor.
+                cursor = max(row[0] for row in rows) if rows else 0
+                if rows:
+                    connection.execute(DELETE, [[row[0] for row in rows]])
+                else:
+                    signal.sigtimedwait([], 0.005)
+
+
+if __name__ == "__main__":
+    driving.main(Driver())
