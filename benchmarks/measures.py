@@ -228,10 +228,13 @@ def _enqueue_once(run: Run, place: Bed, mode: str, clients: int, seconds: float,
             before = place.counters()
             done = place.driver(*arguments)
             used = place.counters() - before
-            return {
+            less = done.get("without_confirms", {})
+            jobs = done["jobs"] + less.get("jobs", 0)
+            figures = {"without_confirms_per_s": less["jobs"] / less["seconds"]} if less else {}
+            return figures | {
                 "jobs_per_s": done["jobs"] / done["seconds"],
-                "server_us": used.server_cpu / done["jobs"] * 1e6,
-                "wal_bytes": used.wal_bytes / done["jobs"],
+                "server_us": used.server_cpu / jobs * 1e6,
+                "wal_bytes": used.wal_bytes / jobs,
             }
         place.reset()
         with place.worker(run.concurrency):

@@ -218,7 +218,8 @@ class Bed:
         if "unsupported" in found:
             raise Unsupported(str(found["unsupported"]))
         if arguments[0] in ("fill", "enqueue"):
-            self._filled += int(found["jobs"])
+            # A driver may do it a second time, in a way that promises less, and say so.
+            self._filled += int(found["jobs"]) + int(found.get("without_confirms", {}).get("jobs", 0))
         return dict(found)
 
     def fill(self, jobs: int, size: int = 0) -> dict[str, Any]:
@@ -322,7 +323,10 @@ def bed(server: Server, peer: Peer, command: Sequence[str]) -> Iterator[Bed]:
         broker = None
         if peer.kind != "postgres":
             brokers = importlib.import_module("benchmarks.brokers")
-            broker = stack.enter_context(brokers.start(peer.kind))
+            try:
+                broker = stack.enter_context(brokers.start(peer.kind))
+            except brokers.BrokerError as error:
+                raise PeerError(str(error)) from None
         made = Bed(peer, command, dsn if broker is None else broker.url, watch, folder, broker)
         made.driver("setup")
         yield made

@@ -56,7 +56,13 @@ class AsyncClient(Protocol):
 
 
 class Driver(Protocol):
-    """What a peer's driver.py has to offer. Where it is asynchronous, `connect` is a coroutine function."""
+    """What a peer's driver.py has to offer. Where it is asynchronous, `connect` is a coroutine function.
+
+    `connect` is called once for each of the `clients` that this process has; they may share what the clients
+    of a real application would share.
+    """
+
+    clients: int
 
     asynchronous: bool
 
@@ -162,6 +168,7 @@ def _produce(driver: Driver, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _fill(driver: Driver, jobs: int, text: str | None) -> dict[str, Any]:
+    driver.clients = 1
     batches = [min(BATCH, jobs - done) for done in range(0, jobs, BATCH)]
     if driver.asynchronous:
         return {"jobs": jobs, "seconds": asyncio.run(_fill_async(driver, batches, text))}
@@ -195,6 +202,7 @@ def _closed_loop(driver: Driver, mode: str, clients: int, seconds: float) -> dic
     barrier, results = context.Barrier(processes), context.SimpleQueue()
 
     def run(share: int) -> None:
+        driver.clients = share
         loop = _loop_async if driver.asynchronous else _loop_threads
         try:
             results.put(loop(driver, mode, share, seconds, barrier.wait))
@@ -287,6 +295,7 @@ def _slots(n: int, clients: int, rate: float, seconds: float) -> Iterator[float]
 
 def _open_loop(driver: Driver, rate: float, seconds: float) -> dict[str, Any]:
     clients = max(1, min(STAMPING_CLIENTS, int(rate)))
+    driver.clients = clients
     behind = [0.0] * clients
     done = [0] * clients
 

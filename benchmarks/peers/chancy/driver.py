@@ -32,11 +32,13 @@ def make_app(connections: int) -> Chancy:
     """The application, with so many connections; it logs only what goes wrong."""
     log = logging.getLogger("chancy")
     log.setLevel(logging.WARNING)
-    return Chancy(driving.url(), min_connection_pool_size=1, max_connection_pool_size=connections, log=log)
+    return Chancy(
+        driving.url(), min_connection_pool_size=connections, max_connection_pool_size=connections, log=log
+    )
 
 
 class Client:
-    """An application with one connection, and one of ours for transactions."""
+    """The process's application, whose pool has a connection for each client, and one for transactions."""
 
     def __init__(self, app: Chancy, connection: psycopg.AsyncConnection[Any]) -> None:
         self._app = app
@@ -64,6 +66,7 @@ class Client:
 
 
 class Driver:
+    clients = 1
     asynchronous = True
 
     def setup(self) -> None:
@@ -82,10 +85,14 @@ class Driver:
 
         asyncio.run(install())
 
+    def __init__(self) -> None:
+        self._app: Chancy | None = None
+
     async def connect(self) -> Client:
-        app = make_app(1)
-        await app.pool.open()
-        return Client(app, await psycopg.AsyncConnection.connect(driving.url(), autocommit=True))
+        if self._app is None:
+            self._app = make_app(self.clients)
+            await self._app.pool.open()
+        return Client(self._app, await psycopg.AsyncConnection.connect(driving.url(), autocommit=True))
 
     def worker(self, options: argparse.Namespace) -> None:
         driving.serve(options.concurrency, lambda ready: asyncio.run(_work(ready)))

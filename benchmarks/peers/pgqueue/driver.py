@@ -44,6 +44,7 @@ class Client:
 
 
 class Driver:
+    clients = 1
     asynchronous = False
 
     def setup(self) -> None:

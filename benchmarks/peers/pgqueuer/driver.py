@@ -46,6 +46,7 @@ class Client:
 
 
 class Driver:
+    clients = 1
     asynchronous = True
 
     def setup(self) -> None:

@@ -18,7 +18,7 @@ CONCURRENCY = 30
 
 def make_app(connections: int) -> procrastinate.App:
     """The application, with so many connections."""
-    connector = PsycopgConnector(conninfo=driving.url(), min_size=1, max_size=connections)
+    connector = PsycopgConnector(conninfo=driving.url(), min_size=connections, max_size=connections)
     app = procrastinate.App(connector=connector)
 
     @app.task(name="noop")
@@ -33,7 +33,7 @@ def make_app(connections: int) -> procrastinate.App:
 
 
 class Client:
-    """An application with one connection, and one of ours for transactions."""
+    """The process's application, whose pool has a connection for each client, and one for transactions."""
 
     def __init__(self, app: procrastinate.App, connection: psycopg.AsyncConnection[Any]) -> None:
         self._app = app
@@ -57,10 +57,12 @@ class Client:
 
     async def close(self) -> None:
         await self._connection.close()
+        # Nothing is left to close for those that come after the first.
         await self._app.close_async()
 
 
 class Driver:
+    clients = 1
     asynchronous = True
 
     def setup(self) -> None:
@@ -72,10 +74,14 @@ class Driver:
 
         asyncio.run(install())
 
+    def __init__(self) -> None:
+        self._app: procrastinate.App | None = None
+
     async def connect(self) -> Client:
-        app = make_app(1)
-        await app.open_async()
-        return Client(app, await psycopg.AsyncConnection.connect(driving.url(), autocommit=True))
+        if self._app is None:
+            self._app = make_app(self.clients)
+            await self._app.open_async()
+        return Client(self._app, await psycopg.AsyncConnection.connect(driving.url(), autocommit=True))
 
     def worker(self, options: argparse.Namespace) -> None:
         delete = "successful" if options.history == "off" else "never"
