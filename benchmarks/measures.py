@@ -367,13 +367,33 @@ def startup(run: Run) -> Variants:
     }
 
 
+QUICK: dict[str, dict[str, Any]] = {
+    "backlog": {"sizes": (1_000, 20_000), "jobs": 5_000, "rounds": 1},
+    "scheduled": {"later": 20_000, "jobs": 5_000, "rounds": 1, "samples": 20},
+    "held_snapshot": {"past": 10_000, "jobs": 5_000, "rounds": 1, "samples": 20},
+    "lanes": {"queues": 20, "jobs": 5_000, "rounds": 1, "samples": 20},
+}
+
+
 def _own(name: str) -> Callable[[Run], Variants]:
+    """A function of `benchmarks/own.py`, which has rounds and comparisons of its own."""
+
     def run_own(run: Run) -> Variants:
         own = importlib.import_module("benchmarks.own")
-        found = getattr(own, name)(run.server.dsn)
-        return {"": dict(found)}
+        return {"": _flat(getattr(own, name)(run.server.dsn, **(QUICK[name] if run.scale < 1 else {})))}
 
     return run_own
+
+
+def _flat(found: Any, path: tuple[str, ...] = ()) -> Figures:
+    """Nested figures as one level, `held / drain / rate`; the same figure of several rounds as a list."""
+    if isinstance(found, Mapping):
+        parts = [_flat(value, (*path, str(name))) for name, value in found.items()]
+        return {name: value for part in parts for name, value in part.items()}
+    if isinstance(found, list) and found and isinstance(found[0], Mapping):
+        each = [_flat(value, path) for value in found]
+        return {name: [one[name] for one in each if name in one] for name in each[0]}
+    return {} if found is None else {" / ".join(path): found}
 
 
 MEASURES = [

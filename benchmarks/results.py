@@ -71,22 +71,30 @@ class Results:
             self._write(measure, kept)
 
     def values(self, measure: str, peer: str, variant: str, figure: str) -> list[float]:
-        """A figure in all runs of a peer that have it."""
-        runs = [run["variants"].get(variant, {}) for run in self.runs(measure) if run["peer"] == peer]
-        return [run[figure] for run in runs if isinstance(run, dict) and figure in run]
+        """A figure in all runs of a peer that have it; all values of one that is a list."""
+        found: list[float] = []
+        for run in self.runs(measure):
+            value = _figure(run["variants"], variant, figure) if run["peer"] == peer else None
+            found += value if isinstance(value, list) else [] if value is None else [value]
+        return found
 
     def ratios(self, measure: str, peer: str, variant: str, figure: str) -> list[float]:
-        """Ours through theirs, run by run: the mean of ours before and after it, divided by the peer's."""
+        """Theirs through ours, run by run: the peer's divided by the mean of ours before and after it."""
         runs = self.runs(measure)
         ours = {run["at"]: run["variants"] for run in runs if run["peer"] == OURS}
         found = []
         for run in runs:
-            theirs = run["variants"].get(variant, {}).get(figure)
-            beside = [ours[at].get(variant, {}).get(figure) for at in run["beside"] if at in ours]
-            beside = [value for value in beside if value is not None]
-            if run["peer"] == peer and theirs and beside:
-                found.append(statistics.fmean(beside) / theirs)
+            theirs = _figure(run["variants"], variant, figure) if run["peer"] == peer else None
+            values = [_figure(ours[at], variant, figure) for at in run["beside"] if at in ours]
+            beside = [value for value in values if value is not None]
+            if theirs is not None and beside:
+                found.append(theirs / statistics.fmean(beside))
         return found
+
+    def facts(self, measure: str) -> dict[str, Any]:
+        """Of the machine and the server, as the last run saw them."""
+        runs = self.runs(measure)
+        return dict(runs[-1]["facts"]) if runs else {}
 
     def variants(self, measure: str, peer: str) -> dict[str, Any]:
         """The last run's, to see what there is."""
@@ -101,3 +109,9 @@ class Results:
         scratch = self.folder / f".{measure}.new"
         scratch.write_text(json.dumps({"measure": measure, "runs": runs}, indent=1) + "\n")
         os.replace(scratch, self._path(measure))
+
+
+def _figure(variants: dict[str, Any], variant: str, figure: str) -> Any:
+    """None where the peer has no such variant, or not this figure in it."""
+    figures = variants.get(variant)
+    return figures.get(figure) if isinstance(figures, dict) else None
