@@ -195,6 +195,8 @@ def show(options: argparse.Namespace) -> int:
     print("measures:")
     for line in (measures.__doc__ or "").split("\n\n")[-1].strip().splitlines():
         print(f"  {line}")
+    if others := [each.name for each in MEASURES if each.rounds is not None]:
+        print(f"  see benchmarks/own.py: {', '.join(others)}")
     print("\npeers:")
     for peer in find_peers().values():
         rounds = {each.name: results.rounds(each.name, peer.name) for each in MEASURES}

@@ -10,7 +10,7 @@ drain      A worker that is up and idle; then so many no-op jobs appear, in one 
 pools      The same for each pool of pgqueue.
 enqueue    Closed loop: each client enqueues, waits for the answer, goes on.
 wake-up    Open loop: jobs enqueued at a steady rate, from before the enqueue to the start of the body.
-args       Jobs with one string: enqueued in bulk, then drained by a worker that starts with a full queue.
+args       Jobs with one string: enqueued in bulk, then drained; the same jobs, put aside in between.
 idle       What a worker with nothing to do costs, five seconds after it had something.
 memory     PSS of an idle worker's processes, and how much each process more adds.
 startup    Milliseconds of `import pgqueue` and `pgqueue --help` beyond Python's own start.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -129,23 +130,31 @@ def drain_once(run: Run, place: Bed, history: str | None, pool: str | None = Non
     if run.peer.appear is None:
         place.fill(jobs)
         return drain_filled(run, place, jobs, history, pool)
+    return drain_at_once(run, place, jobs, lambda: place.appear(jobs), history, pool)
+
+
+def drain_at_once(
+    run: Run,
+    place: Bed,
+    jobs: int,
+    appear: Callable[[], None],
+    history: str | None,
+    pool: str | None = None,
+) -> Figures:
+    """A drain by a worker that is up and idle when `appear` and a COMMIT bring the jobs."""
     with place.worker(run.concurrency, history, pool) as worker:
         warm_up(place)
         place.reset()
         place.watch.settle()
         with place.watch.connection.transaction():
             # With statistics of the full table, as autovacuum sees to in the long run.
-            place.appear(jobs)
+            appear()
             before, cpu = place.counters(), worker.cpu()
             started = time.perf_counter()
         ended = _wait_closely(place)
         figures = _per_job(place, worker, jobs, before, cpu)
-    return {
-        "jobs_per_s": jobs / (ended - started),
-        "jobs": jobs,
-        **figures,
-        **_transactions(place, before, jobs),
-    }
+    figures |= {"jobs_per_s": jobs / (ended - started), "jobs": jobs}
+    return figures | _transactions(place, before, jobs)
 
 
 def drain_filled(run: Run, place: Bed, jobs: int, history: str | None, pool: str | None = None) -> Figures:
@@ -194,14 +203,14 @@ def _wait_closely(place: Bed, patience: float = 180) -> float:
 
 def _per_job(place: Bed, worker: Worker, jobs: int, before: Any, cpu: float) -> Figures:
     used = place.counters() - before
-    return {
-        "worker_us": (worker.cpu() - cpu) / jobs * 1e6,
-        "server_us": used.server_cpu / jobs * 1e6,
-        "wal_bytes": used.wal_bytes / jobs,
-    }
+    figures = {"worker_us": (worker.cpu() - cpu) / jobs * 1e6, "server_us": used.server_cpu / jobs * 1e6}
+    # A broker's jobs write nothing to the database, which has its own noise.
+    return figures | ({"wal_bytes": used.wal_bytes / jobs} if place.peer.kind == "postgres" else {})
 
 
 def _transactions(place: Bed, before: Any, jobs: int) -> Figures:
+    if place.peer.kind != "postgres":
+        return {}
     # The worker is gone: only then has the last of its connections told all of its transactions.
     return {"transactions": (place.counters() - before).transactions / jobs}
 
@@ -303,7 +312,11 @@ def args(run: Run) -> Variants:
             try:
                 filled = place.fill(jobs, size)
                 wal = (place.counters() - before).wal_bytes
-                drained = drain_filled(run, place, jobs, run.peer.history[0])
+                if run.peer.table is None:
+                    drained = drain_filled(run, place, jobs, run.peer.history[0])
+                else:
+                    place.put_aside()
+                    drained = drain_at_once(run, place, jobs, place.put_back, run.peer.history[0])
             except Unsupported as reason:
                 found[name] = {"unsupported": str(reason)}
                 continue
@@ -354,17 +367,27 @@ def startup(run: Run) -> Variants:
         "pgqueue --help": [program, "--help"],
     }
     times: dict[str, list[float]] = {name: [] for name in commands}
+    cpu: dict[str, list[float]] = {name: [] for name in commands}
     for turn in range(run.jobs(21, 6)):
         for name, command in commands.items():
-            started = time.perf_counter()
+            started, used = time.perf_counter(), _children_cpu()
             subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
             if turn:  # the first one reads from disk
                 times[name].append((time.perf_counter() - started) * 1e3)
-    middle = {name: statistics.median(values) for name, values in times.items()}
+                cpu[name].append((_children_cpu() - used) * 1e3)
     return {
-        name: {"beyond_ms": middle[name] - middle["python"], "python_ms": middle["python"]}
+        name: {
+            "beyond_ms": statistics.median(times[name]) - statistics.median(times["python"]),
+            "beyond_cpu_ms": statistics.median(cpu[name]) - statistics.median(cpu["python"]),
+            "python_ms": statistics.median(times["python"]),
+        }
         for name in ("import pgqueue", "pgqueue --help")
     }
+
+
+def _children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 QUICK: dict[str, dict[str, Any]] = {

@@ -80,6 +80,8 @@ class Peer:
             which is then told to the worker.
         appear: SQL that makes so many no-op jobs appear at once, for a worker that is up and idle; None:
             there is none, and the worker starts with a full queue.
+        table: Where the jobs are, if they are in one table that can be emptied into another and back.
+        wake: SQL that tells a worker that rows were put there, if the table itself does not.
         ready: The worker serves when this has been printed.
     """
 
@@ -92,6 +94,8 @@ class Peer:
     remaining: str | None = None
     reset: str | None = None
     appear: str | None = None
+    table: str | None = None
+    wake: str | None = None
     ready: str = "ready"
     runtime: str = "python"
     pools: tuple[str, ...] = ()
@@ -231,6 +235,17 @@ class Bed:
         assert self.peer.appear is not None
         # Without parameters several statements go in one message; ANALYZE sees what was inserted just before.
         self.watch.connection.execute(f"{self.peer.appear.format(jobs=jobs)}; ANALYZE".encode())
+
+    def put_aside(self) -> None:
+        """Take the jobs that wait out of the way of a worker; `peer.table` has to be there."""
+        table = self.peer.table
+        aside = f"CREATE TABLE bench_aside AS SELECT * FROM {table}; TRUNCATE {table} CASCADE"
+        self.watch.connection.execute(aside.encode())
+
+    def put_back(self) -> None:
+        """They are there again when the caller's transaction commits."""
+        back = f"INSERT INTO {self.peer.table} OVERRIDING SYSTEM VALUE SELECT * FROM bench_aside; ANALYZE"
+        self.watch.connection.execute(f"{back}; {self.peer.wake or ''}".encode())
 
     def remaining(self) -> int:
         """How many jobs are not done yet."""

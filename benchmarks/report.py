@@ -106,16 +106,17 @@ class Report:
     # Tables -------------------------------------------------------------------------------------------------
 
     def _machine(self) -> str:
-        measured = [self._results.facts(each) for each in ("drain", "enqueue", "wake-up")]
+        measured = [self._results.facts(each) for each in ("drain", "enqueue")]
         facts = next((each for each in measured if each), None)
         if facts is None:
             return NOTHING
+        cpu, server = facts["cpu"] or "unknown", facts["server_version"]
         return (
-            f"{facts['date'][:10]}; {facts['cpus']} CPUs ({facts['cpu'] or 'unknown'}), {facts['memory_gb']} GB,"
-            f" {facts['system']}; PostgreSQL {facts['server_version']}, fsync {facts['fsync']},"
+            f"{facts['date'][:10]}; {facts['cpus']} CPUs ({cpu}), {facts['memory_gb']} GB, {facts['system']};"
+            f" PostgreSQL {server}, fsync {facts['fsync']},"
             f" synchronous_commit {facts['synchronous_commit']}, shared_buffers {facts['shared_buffers']};"
-            f" Python {facts['python']}, psycopg {facts['psycopg']}. The server, the worker and the producers"
-            " share the CPUs."
+            f" Python {facts['python']}, psycopg {facts['psycopg']}."
+            " The server, the worker and the producers share the CPUs."
         )
 
     def _targets(self) -> str:
@@ -234,8 +235,12 @@ class Report:
 
     def _startup(self) -> str:
         variants = self._results.variants("startup", OURS)
-        rows = [[f"`{name}`", self._of(OURS, "startup", name, "beyond_ms")] for name in variants]
-        return _markdown(["", "ms beyond Python's start"], rows)
+        figures = ("beyond_ms", "beyond_cpu_ms")
+        rows = [
+            [f"`{name}`", *(self._of(OURS, "startup", name, figure) for figure in figures)]
+            for name in variants
+        ]
+        return _markdown(["", "ms beyond Python's start", "ms of CPU"], rows)
 
     def _settings(self) -> str:
         rows = [

@@ -414,13 +414,14 @@ class Place:
 
 _ONLY_PARSE = """
 import argparse, runpy, sys
-sys.argv = sys.argv[1:]
+is_module = sys.argv[1] == "-m"
+sys.argv = sys.argv[2:] if is_module else sys.argv[1:]
 parse = argparse.ArgumentParser.parse_args
 def only_parse(self, *given):
     parse(self, *given)
     sys.exit(0)
 argparse.ArgumentParser.parse_args = only_parse
-runpy.run_path(sys.argv[0], run_name="__main__")
+(runpy.run_module if is_module else runpy.run_path)(sys.argv[0], run_name="__main__")
 raise SystemExit("it does not parse its arguments with argparse")
 """
 

@@ -255,7 +255,7 @@ WRONG = {
     "SQL that is wrong": "```sql\nSELECT no_such_column FROM pgqueue.jobs;\n```\n",
     "an extra that is not there": "```sh\npip install 'pgqueue[nothing]'\n```\n",
     "a target that is not there": "<!-- snippet: parsed -->\n```sh\nmake nothing-of-the-kind\n```\n",
-    "an option that is not there": "<!-- snippet: parsed -->\n```sh\npython benchmarks/drain.py -f\n```\n",
+    "an option that is not there": "<!-- snippet: parsed -->\n```sh\npython -m benchmarks run --fast\n```\n",
     "tests that are not there": "<!-- snippet: parsed -->\n```sh\npython -m pytest tests/nothing.py\n```\n",
     "an unknown key of Compose": "```yaml\nhealthcheck:\n  test: [CMD, pgqueue]\n  intervall: 1\n```\n",
     "an unknown group": '```toml\n[project.entry-points."pgqueue.task"]\nshop = "shop"\n```\n',
