@@ -1,0 +1,152 @@
+// The subcommands of a driver that runs on Node.js; benchmarks/node.py copies this file beside driver.mjs, and
+// benchmarks/peer.py says what each has to do.
+//
+// A peer hands `main` an object:
+//   setup(url)                            make the schema and bench_orders, idempotent
+//   producer(url, connections)            -> {single(task, payload), bulk(task, payloads), transaction(note), close()}
+//   worker(url, concurrency, jobs)        -> resolves when it serves; `jobs` has noop() and stamp(ns)
+// Concurrency of producers is promises over a pool of as many connections, in this one process.
+
+import { openSync, writeSync } from "node:fs";
+import { parseArgs } from "node:util";
+
+const BATCH = 1000;
+const FILLERS = 2; // one connection leaves the server idle while the client builds its next batch
+const PRODUCE_CONNECTIONS = 8;
+
+export const ORDERS =
+  "CREATE TABLE IF NOT EXISTS bench_orders (id bigint GENERATED ALWAYS AS IDENTITY, note text)";
+
+/** The wall clock in ns since the epoch, with the resolution of µs; a string, as a JSON number has 53 bits. */
+function now() {
+  return BigInt(Math.round((performance.timeOrigin + performance.now()) * 1000)) * 1000n;
+}
+
+let stamps = null;
+const jobs = {
+  noop() {},
+  stamp(ns) {
+    const late = now() - BigInt(ns);
+    stamps ??= openSync(process.env.BENCH_STAMPS, "a");
+    writeSync(stamps, `${late}\n`);
+  },
+};
+
+async function fill(peer, url, { count, size }) {
+  const producer = await peer.producer(url, FILLERS);
+  const payload = size ? { text: "x".repeat(size) } : {};
+  let left = count;
+  const started = performance.now();
+  await together(FILLERS, async () => {
+    while (left > 0) {
+      const batch = Math.min(BATCH, left);
+      left -= batch;
+      await producer.bulk("noop", new Array(batch).fill(payload));
+    }
+  });
+  const seconds = (performance.now() - started) / 1000;
+  await producer.close();
+  return { jobs: count, seconds };
+}
+
+async function enqueue(peer, url, { mode, clients, seconds }) {
+  const producer = await peer.producer(url, clients);
+  if (!producer[mode]) throw new Error(`unknown mode ${mode}`);
+  const batch = new Array(BATCH).fill({});
+  const once = {
+    single: () => producer.single("noop", {}),
+    bulk: () => producer.bulk("noop", batch),
+    transaction: () => producer.transaction("an order"),
+  }[mode];
+  const perCall = mode === "bulk" ? BATCH : 1;
+  await together(clients, once); // opens the connections
+  let done = 0;
+  const started = performance.now();
+  const end = started + seconds * 1000;
+  await together(clients, async () => {
+    while (performance.now() < end) {
+      await once();
+      done += perCall;
+    }
+  });
+  const took = (performance.now() - started) / 1000;
+  await producer.close();
+  return { jobs: done, seconds: took, processes: 1, clients, client_side: "promises" };
+}
+
+/** Open loop: calls are due on an absolute schedule and none waits for the one before it. */
+async function produce(peer, url, { rate, seconds }) {
+  const producer = await peer.producer(url, PRODUCE_CONNECTIONS);
+  // Opens the connections: `add` of a job that is not counted would be, so with an empty batch.
+  await together(PRODUCE_CONNECTIONS, () => producer.warm());
+  const total = Math.max(1, Math.round(rate * seconds));
+  const calls = [];
+  let behind = 0;
+  const started = performance.now() + 5;
+  for (let i = 0; i < total; i++) {
+    const due = started + (i * 1000) / rate;
+    for (let wait = due - performance.now(); wait > 0; wait = due - performance.now()) {
+      await new Promise((resolve) => (wait > 1 ? setTimeout(resolve, Math.floor(wait)) : setImmediate(resolve)));
+    }
+    behind = Math.max(behind, performance.now() - due);
+    calls.push(producer.single("stamp", { ns: String(now()) }));
+  }
+  await Promise.all(calls);
+  const took = (performance.now() - started) / 1000;
+  await producer.close();
+  return { jobs: total, seconds: took, behind_ms: behind };
+}
+
+function together(count, run) {
+  return Promise.all(Array.from({ length: count }, run));
+}
+
+export async function main(peer) {
+  const { values, positionals } = parseArgs({
+    allowPositionals: true,
+    options: {
+      jobs: { type: "string", default: "1000" },
+      size: { type: "string", default: "0" },
+      mode: { type: "string", default: "single" },
+      clients: { type: "string", default: "1" },
+      seconds: { type: "string", default: "5" },
+      rate: { type: "string", default: "100" },
+      concurrency: { type: "string", default: String(peer.concurrency) },
+      history: { type: "string", default: peer.history },
+    },
+  });
+  const url = process.env.BENCH_URL;
+  const number = (name) => Number(values[name]);
+  let result;
+  switch (positionals[0]) {
+    case "setup":
+      await peer.setup(url);
+      result = {};
+      break;
+    case "fill":
+      result = await fill(peer, url, { count: number("jobs"), size: number("size") });
+      break;
+    case "enqueue":
+      result = await enqueue(peer, url, {
+        mode: values.mode,
+        clients: number("clients"),
+        seconds: number("seconds"),
+      });
+      break;
+    case "produce":
+      result = await produce(peer, url, { rate: number("rate"), seconds: number("seconds") });
+      break;
+    case "worker":
+      if (values.history !== peer.history) {
+        console.log(JSON.stringify({ unsupported: `history is always ${peer.history} here` }));
+        return;
+      }
+      await peer.worker(url, number("concurrency"), jobs);
+      console.log("ready");
+      return; // the worker's own handles keep the process until SIGTERM
+    default:
+      console.error("usage: driver.mjs setup|fill|enqueue|produce|worker [options]");
+      process.exit(2);
+  }
+  console.log(JSON.stringify(result));
+}
