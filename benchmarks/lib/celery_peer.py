@@ -27,7 +27,7 @@ app.conf.update(
     task_reject_on_worker_lost=True,
     task_ignore_result=True,
     task_default_queue="bench",
-    worker_prefetch_multiplier=128,
+    worker_prefetch_multiplier=64,
     worker_disable_rate_limits=True,
     worker_redirect_stdouts=False,
     broker_connection_retry_on_startup=True,
