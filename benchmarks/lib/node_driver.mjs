@@ -3,16 +3,18 @@
 //
 // A peer hands `main` an object:
 //   setup(url)                            make the schema and bench_orders, idempotent
-//   producer(url, connections)            -> {single(task, payload), bulk(task, payloads), transaction(note), close()}
+//   producer(url, connections)            -> {single(task, payload), bulk(task, payloads), transaction(note),
+//                                             warm(), which opens a connection, close()}
 //   worker(url, concurrency, jobs)        -> resolves when it serves; `jobs` has noop() and stamp(ns)
 // Concurrency of producers is promises over a pool of as many connections, in this one process.
 
+import { randomBytes } from "node:crypto";
 import { openSync, writeSync } from "node:fs";
+import { setTimeout as sleep } from "node:timers/promises";
 import { parseArgs } from "node:util";
 
 const BATCH = 1000;
-const FILLERS = 2; // one connection leaves the server idle while the client builds its next batch
-const PRODUCE_CONNECTIONS = 8;
+const STAMPING_CLIENTS = 4;
 
 export const ORDERS =
   "CREATE TABLE IF NOT EXISTS bench_orders (id bigint GENERATED ALWAYS AS IDENTITY, note text)";
@@ -32,18 +34,19 @@ const jobs = {
   },
 };
 
+/** Text that does not compress. */
+function textOf(size) {
+  return randomBytes(Math.ceil((size * 3) / 4)).toString("base64").slice(0, size);
+}
+
 async function fill(peer, url, { count, size }) {
-  const producer = await peer.producer(url, FILLERS);
-  const payload = size ? { text: "x".repeat(size) } : {};
-  let left = count;
+  const producer = await peer.producer(url, 1);
+  const batch = new Array(BATCH).fill(size ? { text: textOf(size) } : {});
+  await producer.warm();
   const started = performance.now();
-  await together(FILLERS, async () => {
-    while (left > 0) {
-      const batch = Math.min(BATCH, left);
-      left -= batch;
-      await producer.bulk("noop", new Array(batch).fill(payload));
-    }
-  });
+  for (let left = count; left > 0; left -= BATCH) {
+    await producer.bulk("noop", left < BATCH ? batch.slice(0, left) : batch);
+  }
   const seconds = (performance.now() - started) / 1000;
   await producer.close();
   return { jobs: count, seconds };
@@ -71,27 +74,26 @@ async function enqueue(peer, url, { mode, clients, seconds }) {
   });
   const took = (performance.now() - started) / 1000;
   await producer.close();
-  return { jobs: done, seconds: took, processes: 1, clients, client_side: "promises" };
+  return { jobs: done, seconds: took, client_side: `1 process × ${clients} promises` };
 }
 
-/** Open loop: calls are due on an absolute schedule and none waits for the one before it. */
+/** An absolute schedule, shared out among a few clients; the stamp is the time of the call itself. */
 async function produce(peer, url, { rate, seconds }) {
-  const producer = await peer.producer(url, PRODUCE_CONNECTIONS);
-  // Opens the connections: `add` of a job that is not counted would be, so with an empty batch.
-  await together(PRODUCE_CONNECTIONS, () => producer.warm());
-  const total = Math.max(1, Math.round(rate * seconds));
-  const calls = [];
+  const clients = Math.max(1, Math.min(STAMPING_CLIENTS, Math.floor(rate)));
+  const producer = await peer.producer(url, clients);
+  await together(clients, () => producer.warm());
+  const total = Math.max(1, Math.floor(rate * seconds));
   let behind = 0;
-  const started = performance.now() + 5;
-  for (let i = 0; i < total; i++) {
-    const due = started + (i * 1000) / rate;
-    for (let wait = due - performance.now(); wait > 0; wait = due - performance.now()) {
-      await new Promise((resolve) => (wait > 1 ? setTimeout(resolve, Math.floor(wait)) : setImmediate(resolve)));
+  const started = performance.now() + 100;
+  await together(clients, async (_, client) => {
+    for (let slot = client; slot < total; slot += clients) {
+      const due = started + (slot * 1000) / rate;
+      const wait = due - performance.now();
+      if (wait > 0) await sleep(Math.ceil(wait)); // a millisecond late at most, and no busy waiting
+      behind = Math.max(behind, performance.now() - due);
+      await producer.single("stamp", { ns: String(now()) });
     }
-    behind = Math.max(behind, performance.now() - due);
-    calls.push(producer.single("stamp", { ns: String(now()) }));
-  }
-  await Promise.all(calls);
+  });
   const took = (performance.now() - started) / 1000;
   await producer.close();
   return { jobs: total, seconds: took, behind_ms: behind };
