@@ -8,18 +8,14 @@ a log without the two lines per task. `apply_async` with a producer of its own f
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
-import subprocess
-import sys
 
 import driving
+from billiard.process import current_process
 from celery import Celery
 from celery.signals import worker_ready
 from kombu import Connection, Producer
-
-CONFIRMS = "BENCH_CONFIRMS"
 
 app = Celery("bench", broker=os.environ["BENCH_URL"])
 app.conf.update(
@@ -43,7 +39,8 @@ def noop(text: str | None = None) -> None:
     if _slots is None:
         with open(os.environ["BENCH_COUNTER"], "r+b") as file:
             _slots = memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")
-        _slot = _process_index()
+        # A process that takes the place of one that died takes its number too.
+        _slot = current_process().index
     _slots[_slot] += 1
 
 
@@ -52,21 +49,14 @@ def stamp(nanoseconds: int) -> None:
     driving.record_stamp(nanoseconds)
 
 
-def _process_index() -> int:
-    """This pool process's number; one that takes another's place takes its number too."""
-    from billiard.process import current_process
-
-    return int(current_process().index)
-
-
 class Client:
     """A connection with a producer, and with RabbitMQ another one whose publishes are confirmed."""
 
     def __init__(self) -> None:
         self._connections: list[Connection] = []
         self._plain = self._producer()
-        confirms = app.conf.broker_url.startswith("amqp") and os.environ.get(CONFIRMS) != "off"
-        self._confirmed = self._producer(confirm_publish=True) if confirms else self._plain
+        is_amqp = app.conf.broker_url.startswith("amqp")
+        self._confirmed = self._producer(confirm_publish=True) if is_amqp else self._plain
 
     def _producer(self, **options: object) -> Producer:
         connection = app.connection_for_write(transport_options=options)
@@ -78,7 +68,8 @@ class Client:
 
     def bulk(self, jobs: int, text: str | None) -> None:
         arguments = () if text is None else (text,)
-        # One pipeline for Redis, publish after publish for RabbitMQ.
+        # One pipeline for Redis. For RabbitMQ publish after publish, which nobody confirms: Celery would wait
+        # for each answer, as it does in `single`.
         with self._plain.batch(jobs):
             for _ in range(jobs):
                 noop.apply_async(arguments, producer=self._plain)
@@ -114,18 +105,4 @@ class Driver:
 
 
 def main() -> None:
-    confirmed_or_not = app.conf.broker_url.startswith("amqp") and CONFIRMS not in os.environ
-    if confirmed_or_not and sys.argv[1:2] == ["enqueue"] and "single" in sys.argv:
-        found = _single(confirms="on")
-        print(json.dumps({**found, "without_confirms": _single(confirms="off")}))
-    else:
-        driving.main(Driver())
-
-
-def _single(confirms: str) -> dict[str, object]:
-    """The same command line, with publisher confirms or without."""
-    environment = {**os.environ, CONFIRMS: confirms}
-    done = subprocess.run(
-        [sys.executable, *sys.argv], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    driving.main(Driver())

@@ -1,6 +1,6 @@
 """Celery's driver; see benchmarks/lib/celery_peer.py."""
 
-import celery_peer
+from celery_peer import main
 
 if __name__ == "__main__":
-    celery_peer.main()
+    main()
