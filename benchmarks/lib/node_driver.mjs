@@ -54,15 +54,15 @@ async function fill(peer, url, { count, size }) {
 
 async function enqueue(peer, url, { mode, clients, seconds }) {
   const producer = await peer.producer(url, clients);
-  if (!producer[mode]) throw new Error(`unknown mode ${mode}`);
   const batch = new Array(BATCH).fill({});
-  const once = {
+  const calls = {
     single: () => producer.single("noop", {}),
-    bulk: () => producer.bulk("noop", batch),
+    bulk: (jobs) => producer.bulk("noop", jobs),
     transaction: () => producer.transaction("an order"),
-  }[mode];
+  };
+  const once = () => calls[mode](batch);
   const perCall = mode === "bulk" ? BATCH : 1;
-  await together(clients, once); // opens the connections
+  await together(clients, () => calls[mode](batch.slice(0, 1))); // opens the connections
   let done = 0;
   const started = performance.now();
   const end = started + seconds * 1000;
