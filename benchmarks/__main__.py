@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psycopg
 
 from benchmarks import measures, report
 from benchmarks.measures import MEASURES, Measure, Run, Variants
@@ -128,7 +127,9 @@ class Session:
         run = Run(self._server, turn.peer, self._commands[turn.peer.name], self._scale, only_history)
         try:
             return turn.measure.run(run)
-        except (PeerError, psycopg.Error) as error:
+        except Exception as error:  # a run takes hours: what goes wrong for one is told, and the others go on
+            if not isinstance(error, PeerError):
+                traceback.print_exc()
             self._failed.append(f"{name}: {error}")
             print(f"bench: {name}: {error}", file=sys.stderr, flush=True)
             return None

@@ -21,6 +21,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 BATCH = 1_000
@@ -252,15 +253,18 @@ def _loop_threads(
             calls += 1
         done[n] = calls
 
-    threads = [threading.Thread(target=loop, args=(n,)) for n in range(share)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _in_threads(loop, share)
     ended = time.monotonic()
     for client in clients:
         client.close()
     return sum(done), begun, ended
+
+
+def _in_threads(loop: Callable[[int], None], count: int) -> None:
+    """Each of so many in a thread of its own; what goes wrong in one is raised here."""
+    with ThreadPoolExecutor(count) as threads:
+        for each in [threads.submit(loop, n) for n in range(count)]:
+            each.result()
 
 
 def _loop_async(
@@ -311,11 +315,7 @@ def _open_loop(driver: Driver, rate: float, seconds: float) -> dict[str, Any]:
                 connected[n].stamp(time.time_ns())
                 done[n] += 1
 
-        running = [threading.Thread(target=loop, args=(n,)) for n in range(clients)]
-        for thread in running:
-            thread.start()
-        for thread in running:
-            thread.join()
+        _in_threads(loop, clients)
         for client in connected:
             client.close()
 
