@@ -104,27 +104,24 @@ class Session:
         """Ours, a peer, ours, a peer, ours: each has a run of ours on both sides."""
         measure, number = group[0].measure, group[0].round
         peers = [turn for turn in group if turn.peer.name != OURS]
-        histories = tuple({each for turn in peers for each in turn.peer.history}) if peers else None
-        if len(peers) < len(group):
-            histories = None
         our_turn = Turn(measure, ours, number)
-        before = self._take(our_turn, only_history=histories)
+        before = self._take(our_turn)
         for turn in peers:
             found = self._measure(turn)
-            after = self._take(our_turn, only_history=histories)
+            after = self._take(our_turn)
             if found is not None:
                 beside = [run["at"] for run in (before, after) if run is not None]
                 self._keep(turn, found, beside)
             before = after
 
-    def _take(self, turn: Turn, only_history: tuple[str, ...] | None = None) -> dict[str, Any] | None:
-        found = self._measure(turn, only_history)
+    def _take(self, turn: Turn) -> dict[str, Any] | None:
+        found = self._measure(turn)
         return None if found is None else self._keep(turn, found, [])
 
-    def _measure(self, turn: Turn, only_history: tuple[str, ...] | None = None) -> Variants | None:
+    def _measure(self, turn: Turn) -> Variants | None:
         name = f"{turn.measure.name} · {turn.peer.name} · round {turn.round}"
         self._progress.say(name)
-        run = Run(self._server, turn.peer, self._commands[turn.peer.name], self._scale, only_history)
+        run = Run(self._server, turn.peer, self._commands[turn.peer.name], self._scale)
         try:
             return turn.measure.run(run)
         except Exception as error:  # a run takes hours: what goes wrong for one is told, and the others go on

@@ -52,14 +52,12 @@ class Run:
 
     Attributes:
         scale: Part of the usual size: 0.1 for `--quick`.
-        only_history: Only with or without it, as the peer beside does it; None: all that the peer offers.
     """
 
     server: Server
     peer: Peer
     command: Sequence[str]
     scale: float = 1.0
-    only_history: tuple[str, ...] | None = None
     cpus: int = os.cpu_count() or 1
 
     def bed(self) -> Any:
@@ -70,13 +68,6 @@ class Run:
     def concurrency(self) -> int:
         """What its authors' best is here, or one for each CPU."""
         return self.peer.concurrency or self.cpus
-
-    @property
-    def histories(self) -> list[str]:
-        """The kinds of history to measure."""
-        if self.only_history is None:
-            return list(self.peer.history)
-        return [each for each in self.peer.history if each in self.only_history]
 
     def seconds(self, full: float, least: float = 1.0) -> float:
         """So long, or shorter."""
@@ -109,7 +100,7 @@ class Measure:
 def drain(run: Run) -> Variants:
     """Jobs per second, CPU, WAL and transactions per job."""
     found: Variants = {}
-    for history in run.histories:
+    for history in run.peer.history:
         with run.bed() as place:
             found[f"history {history}"] = drain_once(run, place, history)
     return found

@@ -122,11 +122,7 @@ class Report:
     def _targets(self) -> str:
         rows = []
         for target in tomllib.loads((HERE / "targets.toml").read_text())["target"]:
-            place = target["measure"], target.get("against", OURS), target["variant"], target["figure"]
-            if "against" in target:
-                values = [1 / ratio for ratio in self._results.ratios(*place) if ratio]
-            else:
-                values = self._results.values(*place)
+            values = self._reached(target)
             rows.append(
                 [
                     target["name"],
@@ -137,6 +133,16 @@ class Report:
                 ]
             )
         return _markdown(["target", "must", "aim", "is", "verdict"], rows)
+
+    def _reached(self, target: dict[str, Any]) -> list[float]:
+        measure, variant, figure = target["measure"], target["variant"], target["figure"]
+        if "over" in target:
+            return self._results.shares(measure, OURS, variant, target["over"], figure)
+        if "against" not in target:
+            return self._results.values(measure, OURS, variant, figure)
+        theirs = target.get("their_variant", variant)
+        ratios = self._results.ratios(measure, target["against"], theirs, figure, our_variant=variant)
+        return [1 / ratio for ratio in ratios if ratio]
 
     def _drain(self) -> str:
         rows = []
@@ -310,7 +316,7 @@ def _middle(values: Sequence[float]) -> str:
 
 def _limit(target: dict[str, Any], name: str) -> str:
     sign = "≤" if target.get("better") == "lower" else "≥"
-    return f"{sign} {target[name]:g}"
+    return f"{sign} {target[name]:,}" if name in target else "–"
 
 
 def _verdict(target: dict[str, Any], values: Sequence[float]) -> str:
@@ -321,9 +327,11 @@ def _verdict(target: dict[str, Any], values: Sequence[float]) -> str:
     def reaches(limit: float) -> bool:
         return value <= limit if target.get("better") == "lower" else value >= limit
 
-    if reaches(target["aim"]):
+    if "aim" in target and reaches(target["aim"]):
         return "aim met"
-    return "must met" if reaches(target["must"]) else "**not met**"
+    if "must" not in target:
+        return "aim not met"
+    return "met" if reaches(target["must"]) else "**not met**"
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -78,17 +78,32 @@ class Results:
             found += value if isinstance(value, list) else [] if value is None else [value]
         return found
 
-    def ratios(self, measure: str, peer: str, variant: str, figure: str) -> list[float]:
-        """Theirs through ours, run by run: the peer's divided by the mean of ours before and after it."""
+    def ratios(
+        self, measure: str, peer: str, variant: str, figure: str, *, our_variant: str | None = None
+    ) -> list[float]:
+        """Theirs through ours, run by run: the peer's divided by the mean of ours before and after it.
+
+        Args:
+            our_variant: Of ours, where it is another one than theirs.
+        """
         runs = self.runs(measure)
         ours = {run["at"]: run["variants"] for run in runs if run["peer"] == OURS}
         found = []
         for run in runs:
             theirs = _figure(run["variants"], variant, figure) if run["peer"] == peer else None
-            values = [_figure(ours[at], variant, figure) for at in run["beside"] if at in ours]
+            values = [_figure(ours[at], our_variant or variant, figure) for at in run["beside"] if at in ours]
             beside = [value for value in values if value is not None]
             if theirs is not None and beside:
                 found.append(theirs / statistics.fmean(beside))
+        return found
+
+    def shares(self, measure: str, peer: str, variant: str, of: str, figure: str) -> list[float]:
+        """One variant's figure divided by another's, run by run."""
+        found = []
+        for run in self.runs(measure):
+            part, whole = (_figure(run["variants"], each, figure) for each in (variant, of))
+            if run["peer"] == peer and part is not None and whole:
+                found.append(part / whole)
         return found
 
     def facts(self, measure: str) -> dict[str, Any]:

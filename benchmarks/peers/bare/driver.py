@@ -1,4 +1,6 @@
-"""What a queue could do at best here: raw psycopg on a table of its own. No execution, history or fencing."""
+"""What a queue could do at best here: raw psycopg on a table like `pgqueue.jobs`, with its columns, checks
+and indexes. No execution, history or fencing.
+"""
 
 from __future__ import annotations
 
@@ -10,45 +12,45 @@ from typing import Any
 import driving
 import psycopg
 
+from pgqueue.database import migrate
+from pgqueue.job import new_id
+
 TABLE = """
-CREATE TABLE IF NOT EXISTS bench_jobs (
-    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    state text NOT NULL DEFAULT 'ready',
-    task text NOT NULL,
-    args jsonb NOT NULL,
-    enqueued_at timestamptz NOT NULL DEFAULT now()
-) WITH (
+CREATE TABLE IF NOT EXISTS bench_jobs (LIKE pgqueue.jobs INCLUDING ALL) WITH (
+    fillfactor = 85,
     autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_cost_delay = 0
 )
 """
-INSERT = "INSERT INTO bench_jobs (task, args) VALUES (%s, %s)"
-COPY = "COPY bench_jobs (task, args) FROM STDIN"
+INSERT = "INSERT INTO bench_jobs (id, task, args) VALUES (%s, %s, %s)"
+COPY = "COPY bench_jobs (id, task, args) FROM STDIN"
 CLAIM = """
 UPDATE bench_jobs SET state = 'running' WHERE id = ANY (ARRAY(
-    SELECT id FROM bench_jobs WHERE state = 'ready' AND id > %s ORDER BY id LIMIT 500 FOR UPDATE SKIP LOCKED))
-RETURNING id, task, args
+    SELECT id FROM bench_jobs WHERE state = 'ready' AND queue = 'default' AND priority = 5 AND position > %s
+    ORDER BY position LIMIT 500 FOR UPDATE SKIP LOCKED))
+RETURNING id, position, task, args
 """
 DELETE = "DELETE FROM bench_jobs WHERE id = ANY (%s)"
 
 
 class Client:
     def __init__(self) -> None:
-        self._connection: psycopg.Connection[Any] = psycopg.connect(driving.url(), autocommit=True)
+        self._connection: psycopg.Connection[Any] = psycopg.connect(driving.url())
 
     def single(self) -> None:
-        # With autocommit the server begins and commits around the statement itself: one round trip.
-        self._connection.execute(INSERT, ["noop", "[]"])
+        self._connection.execute(INSERT, [new_id(), "noop", "[]"])
+        self._connection.commit()
 
     def bulk(self, jobs: int, text: str | None) -> None:
         args = json.dumps([] if text is None else [text])
         with self._connection.cursor() as cursor, cursor.copy(COPY) as copy:
             for _ in range(jobs):
-                copy.write_row(("noop", args))
+                copy.write_row((new_id(), "noop", args))
+        self._connection.commit()
 
     def transaction(self) -> None:
         with self._connection.transaction():
             self._connection.execute(driving.ORDER)
-            self._connection.execute(INSERT, ["noop", "[]"])
+            self._connection.execute(INSERT, [new_id(), "noop", "[]"])
 
     def stamp(self, nanoseconds: int) -> None:
         raise driving.Unsupported("nobody is woken")
@@ -62,6 +64,7 @@ class Driver:
     asynchronous = False
 
     def setup(self) -> None:
+        migrate.upgrade(driving.url())
         with psycopg.connect(driving.url()) as connection:
             connection.execute(TABLE)
             connection.execute(driving.ORDERS)
@@ -83,7 +86,7 @@ class Driver:
             while not stopped:
                 rows = connection.execute(CLAIM, [cursor]).fetchall()
                 # From the start again when nothing is left: a late commit may be behind the cursor.
-                cursor = max(row[0] for row in rows) if rows else 0
+                cursor = max(row[1] for row in rows) if rows else 0
                 if rows:
                     connection.execute(DELETE, [[row[0] for row in rows]])
                 else:
