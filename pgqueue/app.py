@@ -45,7 +45,6 @@ from pgqueue.request import build_request, of_this_run
 from pgqueue.result import AsyncResult, CanvasResult
 from pgqueue.retention import Retention
 from pgqueue.retry import RetryPolicy
-from pgqueue.schedules import Decorated, Schedules, SchedulesInCode
 from pgqueue.task import (
     AsyncTask,
     BoundDecorator,
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
     from pgqueue.database.session import Session
     from pgqueue.eager import Eager
     from pgqueue.schedule import CatchUp, Overlap
+    from pgqueue.schedules import Decorated, Schedules, SchedulesInCode
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -116,7 +116,7 @@ class PgQueue:
         self._routes: dict[str, TaskRoute] = {}
         self.session_factory: Callable[..., Any] | None = None
         self.hooks = Hooks()
-        self._schedules_in_code = SchedulesInCode()
+        self._schedules_in_code: SchedulesInCode | None = None
         self._eager: Eager | None = None
         self.configure(
             dsn=dsn,
@@ -253,7 +253,8 @@ class PgQueue:
         own = {key: value for key, value in options.items() if key not in ("name", "bind")}
         task: Task[..., Any] = kind(self, function, name=name, bound=options["bind"], options=own)
         self._tasks[name] = task
-        self._schedules_in_code.adopt(task)
+        if self._schedules_in_code is not None:
+            self._schedules_in_code.adopt(task)
         return task
 
     def periodic(
@@ -292,7 +293,14 @@ class PgQueue:
         """
         own: dict[str, Any] = {"cron": cron, "every": every, "timezone": timezone, "name": name, "args": args}
         own |= {"kwargs": kwargs, "catch_up": catch_up, "overlap": overlap, "jitter": jitter}
-        return self._schedules_in_code.periodic({**own, **options})
+        return self._own_schedules().periodic({**own, **options})
+
+    def _own_schedules(self) -> SchedulesInCode:
+        if self._schedules_in_code is None:
+            from pgqueue.schedules import SchedulesInCode  # and with it cron: for an application that has one
+
+            self._schedules_in_code = SchedulesInCode()
+        return self._schedules_in_code
 
     def send_task(
         self,
@@ -426,7 +434,9 @@ class PgQueue:
     @property
     def schedules(self) -> Schedules:
         """Recurring jobs, to see and to change at run time."""
-        return Schedules(self, self._schedules_in_code)
+        from pgqueue.schedules import Schedules
+
+        return Schedules(self, self._own_schedules())
 
     @property
     def queues(self) -> Queues:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
-from pgqueue.errors import ConfigError, shown
+from pgqueue.errors import ConfigError, nearest, shown
 from pgqueue.job import DEFAULT_PRIORITY, DEFAULT_QUEUE, check_priority, check_queue
 
 PREFIX: Final = "PGQUEUE_"
@@ -220,8 +219,8 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str,
             continue
         if name in _RULES:
             values[name], sources[name] = _number(text) if name in _NUMBERS else text, variable
-        elif close := difflib.get_close_matches(name, _RULES, n=1, cutoff=0.8):
-            errors.append(f"unknown variable {variable}, did you mean {PREFIX}{close[0].upper()}?")
+        elif close := nearest(name, _RULES, cutoff=0.8):
+            errors.append(f"unknown variable {variable}, did you mean {PREFIX}{close.upper()}?")
     return values, sources, errors
 
 
@@ -271,8 +270,8 @@ def _check_lease(lease: float, heartbeat: float) -> list[str]:
 
 
 def _meant(name: str) -> str:
-    close = difflib.get_close_matches(name, _RULES, n=1)
-    return f", did you mean {close[0]!r}?" if close else f"; known are {', '.join(_RULES)}"
+    close = nearest(name, _RULES)
+    return f", did you mean {close!r}?" if close else f"; known are {', '.join(_RULES)}"
 
 
 def _positive(value: object) -> float:

@@ -43,6 +43,7 @@ Bad arguments of ours are plain `ValueError` or `TypeError`. Messages say the ru
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 120
@@ -55,6 +56,17 @@ def shown(value: object) -> str:
     except Exception:
         text = f"{type(value).__name__} (its repr fails)"
     return text if text.isprintable() else repr(text)[1:-1]
+
+
+def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known name that a wrong one is most like, to suggest it; None when none is like it.
+
+    Args:
+        cutoff: How alike they must be, from 0 to 1.
+    """
+    import difflib  # wanted by nobody who makes no mistake
+
+    return next(iter(difflib.get_close_matches(str(name), known, n=1, cutoff=cutoff)), None)
 
 
 class PgQueueError(Exception):

@@ -13,14 +13,11 @@ share the folder.
 from __future__ import annotations
 
 import os
-import random
 import re
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from pgqueue.errors import ConfigError
@@ -80,10 +77,13 @@ class _Failpoint:
     seconds: float
     nth: int | None
     probability: float
-    once: Path | None
+    once: str | None
     hits: int = 0
 
     def hit(self, drop: Callable[[], None]) -> None:
+        import random  # here: nearly every process that imports this has no failpoint
+        import signal
+
         self.hits += 1
         if self.nth is not None and self.hits != self.nth:
             return
@@ -103,8 +103,7 @@ class _Failpoint:
     def _first(self) -> bool:
         if self.once is None:
             return True
-        with suppress(FileExistsError):
-            self.once.touch(exist_ok=False)
+        with suppress(FileExistsError), open(self.once, "x"):
             return True
         return False
 
@@ -130,7 +129,7 @@ def read_failpoints(text: str, once: str | None = None) -> dict[str, _Failpoint]
             float(match[3] or 0),
             int(match[4]) if match[4] else None,
             float(match[5]) if match[5] else 1.0,
-            Path(once, f"{name}-{action}") if once else None,
+            os.path.join(once, f"{name}-{action}") if once else None,
         )
     return points
 

@@ -11,7 +11,6 @@ worker run in a process of their own that is forked for them: a supervisor never
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
 from pgqueue.context import Request, TaskContext
-from pgqueue.errors import ConfigError, shown
+from pgqueue.errors import ConfigError, nearest, shown
 from pgqueue.tracebacks import describe
 
 log = logging.getLogger("pgqueue.hooks")
@@ -220,8 +219,8 @@ class Hooks:
 def check_name(name: str) -> None:
     """ConfigError if there is no such hook."""
     if name not in HOOKS:
-        close = difflib.get_close_matches(str(name), HOOKS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(HOOKS))}"
+        close = nearest(name, HOOKS)
+        hint = f"did you mean {close}?" if close else f"known are {', '.join(sorted(HOOKS))}"
         raise ConfigError(f"unknown hook {shown(name)} ({hint})")
 
 

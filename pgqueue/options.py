@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TypedDict, get_args
 from uuid import UUID
 
-from pgqueue.errors import ConfigError, shown
+from pgqueue.errors import ConfigError, nearest, shown
 from pgqueue.job import check_priority, check_queue, check_task_name
 from pgqueue.retry import RETRY_OPTIONS, RetryPolicy
 
@@ -229,8 +228,8 @@ def check_arguments(task: str, args: object, kwargs: object) -> None:
 def _meant(name: str) -> str:
     if name in _CELERY_JOB_OPTIONS:
         return f" ({_CELERY_JOB_OPTIONS[name]})"
-    close = difflib.get_close_matches(name, JOB_OPTIONS, n=1)
-    return f" (did you mean {close[0]}?)" if close else f" (known are {', '.join(sorted(JOB_OPTIONS))})"
+    close = nearest(name, JOB_OPTIONS)
+    return f" (did you mean {close}?)" if close else f" (known are {', '.join(sorted(JOB_OPTIONS))})"
 
 
 def check_time(name: str, value: object) -> datetime:
@@ -279,9 +278,9 @@ def check_task_options(options: Mapping[str, Any], known: frozenset[str], what: 
         raise ConfigError(f"{what} must be a dict of options, got {shown(options)}")
     errors = []
     for name in sorted(options.keys() - known, key=str):
-        close = difflib.get_close_matches(str(name), known, n=1)
+        close = nearest(name, known)
         hint = _CELERY_TASK_OPTIONS.get(name) or (
-            f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
+            f"did you mean {close}?" if close else f"known are {', '.join(sorted(known))}"
         )
         errors.append(f"unknown option {shown(name)} ({hint})")
     for name, check in _CHECKS.items():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from random import Random
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pgqueue.errors import (
     ConfigError,
@@ -17,9 +15,13 @@ from pgqueue.errors import (
     Snooze,
     SoftTimeLimitExceeded,
     TimeLimitExceeded,
+    nearest,
     shown,
 )
 from pgqueue.job import DeadReason
+
+if TYPE_CHECKING:
+    from random import Random
 
 FOREVER: Final = -1
 """`max_retries` without a limit."""
@@ -179,8 +181,8 @@ def _read_option(name: str, value: object) -> dict[str, Any]:
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+    close = nearest(name, known)
+    return f", did you mean {close!r}?" if close else f"; known are {', '.join(sorted(known))}"
 
 
 def _classes(name: str, value: object) -> tuple[type[BaseException], ...]:

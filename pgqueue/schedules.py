@@ -6,7 +6,6 @@ live worker has it in its code; one that was added comes until it is removed.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from pgqueue.errors import ConfigError, PgQueueError, ScheduleError, UnknownSchedule, shown
+from pgqueue.errors import ConfigError, PgQueueError, ScheduleError, UnknownSchedule, nearest, shown
 from pgqueue.job import JobRequest, check_task_name
 from pgqueue.options import PERIODIC_OPTIONS, check_arguments
 from pgqueue.request import build_request
@@ -296,10 +295,8 @@ def _read(options: dict[str, Any], what: str) -> _Periodic:
     own = {"name", "cron", "every", "timezone", "args", "kwargs", "catch_up", "overlap", "jitter"}
     errors = []
     for name in sorted(options.keys() - own - PERIODIC_OPTIONS):
-        close = difflib.get_close_matches(name, own | PERIODIC_OPTIONS, n=1)
-        hint = (
-            f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(own | PERIODIC_OPTIONS))}"
-        )
+        close = nearest(name, own | PERIODIC_OPTIONS)
+        hint = f"did you mean {close}?" if close else f"known are {', '.join(sorted(own | PERIODIC_OPTIONS))}"
         errors.append(f"unknown option {shown(name)} ({hint})")
     get = options.get
     timezone, jitter, every = get("timezone", "UTC"), get("jitter", 0.0), get("every")

@@ -6,15 +6,15 @@ other drivers, turns the parameters into `:name` (SQLAlchemy) or `$1` (asyncpg),
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 Style = Literal["pyformat", "numeric"]
 
-_FOLDER = Path(__file__).parent / "sql"
+_FOLDER = os.path.join(os.path.dirname(__file__), "sql")
 _PARAMETER = re.compile(r"%\((\w+)\)s")
 
 
@@ -36,7 +36,8 @@ class Query:
 @cache
 def query(name: str, schema: str = "pgqueue", style: Style = "pyformat") -> Query:
     """The statement in `sql/<name>.sql`; FileNotFoundError if there is none."""
-    return render(name, (_FOLDER / f"{name}.sql").read_text(encoding="utf-8"), schema, style)
+    with open(os.path.join(_FOLDER, f"{name}.sql"), encoding="utf-8") as file:
+        return render(name, file.read(), schema, style)
 
 
 def render(name: str, source: str, schema: str, style: Style) -> Query:

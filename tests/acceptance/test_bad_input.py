@@ -472,7 +472,7 @@ def namespace(bench: Bench) -> Iterator[Names]:
         def connect(word: str = "<dsn>", **options: Any) -> Any:
             return stack.enter_context(closing(psycopg.connect(bench.fill(word), **options)))
 
-        names: dict[str, Any] = vars(pgqueue) | {
+        names: dict[str, Any] = {name: getattr(pgqueue, name) for name in pgqueue.__all__} | {
             "PgQueue": PgQueue, "Signature": Signature, "Retry": Retry, "UTC": UTC, "date": date,
             "datetime": datetime, "timedelta": timedelta, "uuid4": uuid4, "asyncio": asyncio,
             "logging": logging, "sessionmaker": sessionmaker, "app_on": app_on,

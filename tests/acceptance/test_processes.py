@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -305,6 +306,16 @@ class TestSupervisor:
         second_gate.open()
         row = jobs.finished(job)
         assert (row["attempt"], row["worker_id"], row["result"]) == (2, other.id, 2)
+
+    def test_a_worker_loads_neither_the_tables_nor_what_prints_them(
+        self, jobs: Jobs, workers: Workers
+    ) -> None:
+        worker = workers.start("-c", "1", env={"PYTHONPROFILEIMPORTTIME": "1"})
+        assert jobs.finished(jobs.add("echo", 1))["result"] == 1
+        assert worker.stop() == 0
+        loaded = set(re.findall(r"^import time: [ 0-9|]+ ([\w.]+)$", worker.log, re.MULTILINE))
+        assert {"pgqueue.worker.supervisor", "pgqueue.worker.executor", "psycopg"} <= loaded
+        assert loaded & {"sqlalchemy", "alembic", "rich", "pgqueue.database.tables", "psycopg_pool"} == set()
 
     def test_two_share_a_queue_and_run_each_job_once(
         self, jobs: Jobs, workers: Workers, ledger: Ledger

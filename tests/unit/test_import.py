@@ -1,4 +1,4 @@
-"""What `import pgqueue` costs a web process."""
+"""What a process loads: one that imports pgqueue, that enqueues, that asks for help, that works."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import pgqueue
 from pgqueue import errors
 
 HEAVY = (
     "alembic", "asyncpg", "click", "django", "psycopg", "psycopg2", "psycopg_pool", "rich", "sqlalchemy",
     "asyncio", "pgqueue.worker", "pgqueue.cli", "pgqueue.database.pool", "pgqueue.database.migrate",
+    "cronsim", "pgqueue.schedules", "pgqueue.cron",
 )  # fmt: skip
 
 USE = """
-import json, sys
 from pgqueue import PgQueue
 app = PgQueue("tests", dsn="postgresql://nowhere", imports=("a.b",), task_routes={"a.*": {"queue": "q"}})
 @app.task(bind=True, max_retries=3)
@@ -28,24 +30,57 @@ app.configure(priority=3)
 assert note(1) == 1
 note.request_for((1,), {}, {"countdown": 3})
 app.close()
-print(json.dumps(sorted(sys.modules)))
 """
 
 
-def test_no_driver_no_command_line_no_worker() -> None:
+def loaded_by(code: str, **environment: str) -> set[str]:
+    """The modules of a process that has run this, without those that every Python has."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PGQUEUE_")}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", USE],
+        [sys.executable, "-W", "error", "-c", f"{code}\nimport json, sys; print(json.dumps([*sys.modules]))"],
         capture_output=True,
         text=True,
         timeout=60,
         cwd=Path(pgqueue.__file__).parent.parent,
-        env=environ,
+        env=environ | environment,
     )
     assert done.returncode == 0, done.stderr
-    loaded = set(json.loads(done.stdout))
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def ours(modules: set[str]) -> set[str]:
+    return {name for name in modules if name.partition(".")[0] == "pgqueue"}
+
+
+def libraries(modules: set[str]) -> set[str]:
+    """The packages that pgqueue depends on, of these."""
+    known = {"alembic", "click", "cronsim", "msgspec", "psycopg", "psycopg_pool", "rich", "sqlalchemy"}
+    return known & {name.partition(".")[0] for name in modules}
+
+
+def test_no_driver_no_command_line_no_worker() -> None:
+    loaded = loaded_by(USE)
     assert "pgqueue.app" in loaded
     assert loaded.intersection(HEAVY) == set()
+
+
+def test_an_import_alone_loads_next_to_nothing() -> None:
+    loaded = loaded_by("import pgqueue; pgqueue.errors.Retry")
+    assert ours(loaded) == {"pgqueue", "pgqueue.errors"}
+    assert libraries(loaded) == set()
+
+
+def test_a_name_is_the_same_each_time() -> None:
+    loaded_by("import pgqueue; assert pgqueue.chain is pgqueue.chain; from pgqueue import *; assert chain")
+    assert set(pgqueue.__all__) <= set(dir(pgqueue))
+    with pytest.raises(AttributeError, match="has no attribute 'chian'"):
+        _ = pgqueue.chian  # type: ignore[attr-defined]
+
+
+def test_an_executor_needs_no_database() -> None:
+    loaded = loaded_by("import pgqueue.worker.forkserver")
+    assert "pgqueue.worker.executor" in loaded
+    assert libraries(loaded) == {"msgspec"}
 
 
 def test_every_public_exception_is_importable() -> None:
