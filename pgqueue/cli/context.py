@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pgqueue.config import Config
 from pgqueue.errors import AppNotLoaded, PgQueueError
 
 if TYPE_CHECKING:
     from pgqueue.app import PgQueue
+    from pgqueue.config import Config
 
 
 @dataclass
@@ -67,6 +67,8 @@ class Context:
         """The settings: flags beat the application's, which beat the environment."""
         if self.app is not None:
             return self.app.config
+        from pgqueue.config import Config
+
         return Config.load(os.environ, dsn=self.dsn, schema=self.schema)
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -14,43 +15,73 @@ from pgqueue.cli.context import Context
 from pgqueue.cli.status import SUMMARY, ExitStatus, ignore_stop_signals, status_of
 from pgqueue.errors import PgQueueError
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 _WHICH = "The application: module:attribute, or an installed one's name.  [default: the only one installed]"
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
-_COMMANDS = {
-    "migrate": "pgqueue.cli.migrate:migrate",
-    "worker": "pgqueue.cli.worker:worker",
-    "ping": "pgqueue.cli.ping:ping",
-    "demo": "pgqueue.cli.demo:demo",
-    "enqueue": "pgqueue.cli.enqueue:enqueue",
-    "inspect": "pgqueue.cli.inspect:inspect",
-    "job": "pgqueue.cli.job:job",
-    "canvas": "pgqueue.cli.canvas:canvas",
-    "dead": "pgqueue.cli.dead:dead",
-    "queue": "pgqueue.cli.queue:queue",
-    "audit": "pgqueue.cli.audit:audit",
-    "retention": "pgqueue.cli.retention:retention",
-    "prune": "pgqueue.cli.retention:prune",
-    "schedule": "pgqueue.cli.schedule:schedule",
-    "doctor": "pgqueue.cli.doctor:doctor",
-    "bench": "pgqueue.cli.bench:bench",
+_COMMANDS: Final = {
+    "migrate": ("migrate", "Create or upgrade the queue's tables, while workers and producers go on."),
+    "worker": ("worker", "Run jobs."),
+    "ping": ("ping", "Say whether there is a live worker, and which workers there are."),
+    "demo": ("demo", "Run a web shop on this queue, then prove that no job was lost."),
+    "enqueue": ("enqueue", "Enqueue one job and print its id."),
+    "inspect": ("inspect", "See what runs, what waits and who works."),
+    "job": ("job", "Find jobs, see one, cancel it, or have it run again."),
+    "canvas": ("canvas", "Chains, groups and chords: find them, see one, cancel what is left of it."),
+    "dead": ("dead", "Jobs that will not run again by themselves: list, show, requeue and purge them."),
+    "queue": ("queue", "Queues: see them, pause and resume them, empty them, move their jobs."),
+    "audit": ("audit", "List what people did to jobs, queues, schedules and the schema, the latest first."),
+    "retention": (
+        "retention",
+        "How long history and dead letters are kept: see it, and let a task or a queue differ.",
+    ),
+    "prune": ("retention", "Remove what is past its retention, as workers do each minute."),
+    "schedule": ("schedule", "Recurring jobs: see them, add, pause, resume and remove them."),
+    "doctor": ("doctor", "Look for what is wrong with the queue and its database, and say what mends it."),
+    "bench": ("bench", "Measure the queue on a server of yours."),
 }
+"""The module in `pgqueue.cli` of each command, and the first sentence of its help."""
 
 
 class LazyGroup(click.Group):
     """Imports a command's module when the command is used: `--help` stays quick, `migrate` needs no
-    worker."""
+    worker.
+
+    Its `commands` are outlines, enough to be listed, completed and suggested.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        outlines = {name: click.Command(name, help=help) for name, (_, help) in _COMMANDS.items()}
+        super().__init__(commands=outlines, **settings)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return list(self.commands)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        target = _COMMANDS.get(cmd_name)
-        if target is None:
+        if cmd_name not in _COMMANDS:
             return None
-        module_name, attribute = target.split(":")
-        command: click.Command = getattr(__import__(module_name, fromlist=[attribute]), attribute)
+        module, _ = _COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(f"pgqueue.cli.{module}"), cmd_name)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, outline.get_short_help_str(limit)) for name, outline in self.commands.items()]
+            )
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        found = [
+            CompletionItem(name, help=outline.get_short_help_str())
+            for name, outline in self.commands.items()
+            if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
 
 @click.command(

@@ -17,8 +17,8 @@ from pgqueue.cli import main as command_line
 
 
 def main() -> None:
-    for target in command_line._COMMANDS.values():
-        importlib.import_module(target.partition(":")[0])
+    for module, _ in command_line._COMMANDS.values():
+        importlib.import_module(f"pgqueue.cli.{module}")
     for line in sys.stdin:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             child = os.fork()

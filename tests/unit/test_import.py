@@ -32,6 +32,22 @@ note.request_for((1,), {}, {"countdown": 3})
 app.close()
 """
 
+COMMAND_LINE = """
+import sys
+from pgqueue.cli.main import main
+sys.argv = ["pgqueue", *{arguments!r}]
+try:
+    main()
+except SystemExit as exit:
+    assert exit.code == {status}, exit.code
+"""
+
+LISTED = {
+    "pgqueue", "pgqueue.errors", "pgqueue.cli", "pgqueue.cli.main", "pgqueue.cli.context",
+    "pgqueue.cli.status", "pgqueue.worker", "pgqueue.worker.signals",
+}  # fmt: skip
+"""Of ours, what it takes to list the commands."""
+
 
 def loaded_by(code: str, **environment: str) -> set[str]:
     """The modules of a process that has run this, without those that every Python has."""
@@ -75,6 +91,26 @@ def test_a_name_is_the_same_each_time() -> None:
     assert set(pgqueue.__all__) <= set(dir(pgqueue))
     with pytest.raises(AttributeError, match="has no attribute 'chian'"):
         _ = pgqueue.chian  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--version", 0), ("enqeue", 2)])
+def test_help_loads_no_command(argument: str, status: int) -> None:
+    loaded = loaded_by(COMMAND_LINE.format(arguments=[argument], status=status))
+    assert ours(loaded) == LISTED
+    assert libraries(loaded) == {"click"}
+
+
+def test_completion_loads_no_command() -> None:
+    words = {"_PGQUEUE_COMPLETE": "bash_complete", "COMP_WORDS": "pgqueue in", "COMP_CWORD": "1"}
+    loaded = loaded_by(COMMAND_LINE.format(arguments=[], status=0), **words)
+    assert ours(loaded) == LISTED
+
+
+@pytest.mark.parametrize("command", ["worker", "enqueue", "migrate", "demo"])
+def test_these_commands_do_without(command: str) -> None:
+    loaded = loaded_by(COMMAND_LINE.format(arguments=[command, "--help"], status=0))
+    assert f"pgqueue.cli.{command}" in loaded
+    assert libraries(loaded) <= {"click", "msgspec"}
 
 
 def test_an_executor_needs_no_database() -> None:
