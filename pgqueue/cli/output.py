@@ -17,8 +17,6 @@ from uuid import UUID
 
 import click
 from rich.console import Console, RenderableType
-from rich.live import Live
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -124,6 +122,8 @@ def confirmed(question: str) -> bool:
 @contextmanager
 def progress_bar(words: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal's stderr while the block runs; it gets what to call with each step's size."""
+    from rich.progress import Progress
+
     disable = not shown or not is_terminal(sys.stderr)
     with Progress(console=Console(stderr=True), transient=True, disable=disable) as progress:
         bar = progress.add_task(words, total=total)
@@ -146,6 +146,8 @@ def repeat(
         found = look()
         show_json(found) if as_json else show(render(found))
         return
+    from rich.live import Live
+
     look = _undisturbed(look)
     try:
         if as_json or not is_terminal(sys.stdout):

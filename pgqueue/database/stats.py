@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pgqueue.database.queues import Pause, list_pauses
 from pgqueue.database.session import Session
+
+if TYPE_CHECKING:
+    from pgqueue.database.queues import Pause
 
 SILENT_AFTER = 30.0
 """Seconds without a heartbeat after which a worker is called silent; what becomes of it others decide."""
@@ -146,6 +148,8 @@ def list_queues(session: Session, *, exact: bool = False) -> list[QueueStats]:
     with session.transaction(by_index=not exact):
         rows = session.run("list_queues") if exact else session.run("survey_queues", most=COUNTED)
     kinds = ("ready", "scheduled", "dead")
+    from pgqueue.database.queues import list_pauses  # and with it SQLAlchemy: not for `ping`, a probe
+
     pauses = {pause.queue: pause for pause in list_pauses(session)}
     found = [
         QueueStats(

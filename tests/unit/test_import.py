@@ -113,6 +113,11 @@ def test_these_commands_do_without(command: str) -> None:
     assert libraries(loaded) <= {"click", "msgspec"}
 
 
+def test_a_probe_does_without_the_tables() -> None:
+    loaded = loaded_by(COMMAND_LINE.format(arguments=["ping", "--help"], status=0))
+    assert libraries(loaded) == {"click", "msgspec", "psycopg", "rich"}
+
+
 def test_an_executor_needs_no_database() -> None:
     loaded = loaded_by("import pgqueue.worker.forkserver")
     assert "pgqueue.worker.executor" in loaded
