@@ -114,7 +114,7 @@ class _Ends:
             jobs = self._canvases.get(wanted)
             return [] if jobs is None else [(len(jobs), len(jobs))]
         found = self._outcomes.get(wanted) if step.name in ("find_job", "find_canvas") else None
-        return [] if found is None else [tuple(getattr(found, name) for name in Outcome.__slots__)]
+        return [] if found is None else [tuple(getattr(found, name) for name in Outcome.__struct_fields__)]
 
 
 class Eager(Client):

@@ -13,11 +13,12 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import msgspec
 
 from pgqueue.database.connection import (
     AsyncCaller,
@@ -376,8 +377,7 @@ def _chunks(items: Sequence[T], size: int) -> Generator[Sequence[T], None, None]
         yield chunk
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(msgspec.Struct, frozen=True):
     """Run a plan on a connection of our own."""
 
     plan: Plan[Any]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
+
+import msgspec
 
 from pgqueue.job import JobRequest, new_id
 from pgqueue.options import check_option_names
@@ -17,8 +18,7 @@ _START: Final = ("countdown", "eta")
 """Options of a canvas that concern only the jobs that it starts with."""
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorJob:
+class ErrorJob(msgspec.Struct, frozen=True):
     """A job to enqueue when a node of a canvas has failed.
 
     Attributes:
@@ -31,8 +31,7 @@ class ErrorJob:
     own: bool = False
 
 
-@dataclass(slots=True)
-class CanvasNode:
+class CanvasNode(msgspec.Struct):
     """A job of a canvas, or a join, which ends when its members have ended.
 
     Attributes:
@@ -56,11 +55,10 @@ class CanvasNode:
     keeps_result: bool = False
     skips_failed: bool = False
     dead_letter_queue: str | None = None
-    on_error: list[ErrorJob] = field(default_factory=list)
+    on_error: list[ErrorJob] = msgspec.field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class CanvasRequest:
+class CanvasRequest(msgspec.Struct, frozen=True):
     """A canvas about to be enqueued.
 
     Attributes:

@@ -15,8 +15,9 @@ import inspect
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
+
+import msgspec
 
 from pgqueue.context import Request, TaskContext
 from pgqueue.errors import ConfigError, nearest, shown
@@ -36,15 +37,13 @@ HookName = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class TaskStarted:
+class TaskStarted(msgspec.Struct, frozen=True):
     """A run begins."""
 
     request: Request
 
 
-@dataclass(frozen=True, slots=True)
-class TaskSucceeded:
+class TaskSucceeded(msgspec.Struct, frozen=True):
     """The body has returned.
 
     Attributes:
@@ -57,8 +56,7 @@ class TaskSucceeded:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class TaskRetried:
+class TaskRetried(msgspec.Struct, frozen=True):
     """The run has failed, or asked for it with `self.retry()`, and the job will run again.
 
     Attributes:
@@ -73,8 +71,7 @@ class TaskRetried:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class TaskFailed:
+class TaskFailed(msgspec.Struct, frozen=True):
     """The job is dead.
 
     Attributes:
@@ -90,30 +87,26 @@ class TaskFailed:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerReady:
+class WorkerReady(msgspec.Struct, frozen=True):
     """The worker can take its first job."""
 
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStopping:
+class WorkerStopping(msgspec.Struct, frozen=True):
     """The worker was asked to stop, and claims nothing more."""
 
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class ChildStarted:
+class ChildStarted(msgspec.Struct, frozen=True):
     """An executor is about to take its first job; this runs in it."""
 
     pid: int
     pool: str
 
 
-@dataclass(frozen=True, slots=True)
-class BeforeEnqueue:
+class BeforeEnqueue(msgspec.Struct, frozen=True):
     """A job is about to be enqueued, in the process that does.
 
     Attributes:

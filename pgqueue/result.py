@@ -9,9 +9,10 @@ import json
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, TypeVar
+
+import msgspec
 
 from pgqueue.codec import clean_text, decode_result
 from pgqueue.database.connection import (
@@ -47,8 +48,7 @@ UNKNOWN_FOR: Final = 5.0
 """Seconds an id may be unknown to `get`: the transaction that enqueues it may still be open."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """One look at a job, or a canvas; `fault`: of that, the id of the job that has failed."""
 
     state: State
@@ -65,8 +65,7 @@ class Outcome:
         return self.state in FINISHED_STATES or self.state == "dead"
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
+class _Look(msgspec.Struct, frozen=True):
     """Read the job's outcome."""
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from pgqueue.errors import (
     ConfigError,
     Reject,
@@ -35,8 +37,7 @@ MAX_DELAY: Final = 10 * 366 * 86_400.0
 _MAX_CRASH_DELAY = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Again:
+class Again(msgspec.Struct, frozen=True):
     """Run again, `delay` seconds from now.
 
     Attributes:
@@ -47,8 +48,7 @@ class Again:
     burned: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Dead:
+class Dead(msgspec.Struct, frozen=True):
     """Do not run again."""
 
     reason: DeadReason

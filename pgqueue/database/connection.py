@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
+
+import msgspec
 
 from pgqueue.database.queries import query
 from pgqueue.errors import DatabaseUnavailable, NotInTransaction, UnsupportedConnection, WrongDatabase
@@ -23,16 +24,14 @@ Rows: TypeAlias = list[Any]
 """Sequences of column values, whatever the driver calls its rows."""
 
 
-@dataclass(frozen=True, slots=True)
-class Statement:
+class Statement(msgspec.Struct, frozen=True):
     """Run the query of this name; the answer is its rows."""
 
     name: str
     parameters: Mapping[str, object]
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(msgspec.Struct, frozen=True):
     """Load rows in COPY's text format, in UTF-8. Never the first step: see `SqlalchemyChannel`."""
 
     table: str
@@ -45,8 +44,7 @@ class Copy:
         return f"COPY {schema}.{self.table} ({columns}) FROM STDIN (FORMAT text, ENCODING 'UTF8')"
 
 
-@dataclass(frozen=True, slots=True)
-class Pause:
+class Pause(msgspec.Struct, frozen=True):
     """Wait. Only for generators above single plans, which hold no connection between their steps."""
 
     seconds: float

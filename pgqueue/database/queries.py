@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal
+
+import msgspec
 
 Style = Literal["pyformat", "numeric"]
 
@@ -18,8 +19,7 @@ _FOLDER = os.path.join(os.path.dirname(__file__), "sql")
 _PARAMETER = re.compile(r"%\((\w+)\)s")
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
+class Query(msgspec.Struct, frozen=True):
     """One rendered statement.
 
     Attributes:
