@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from pgqueue.cli.ping import ask_port, judge
 from pgqueue.database.dsn import CONNECT_OPTIONS
+from pgqueue.database.patient import ANSWER_PATIENCE
 from pgqueue.database.stats import WorkerStats
-from pgqueue.database.store import ANSWER_PATIENCE
 from pgqueue.errors import ConfigError, WorkerError
 from pgqueue.worker import health
 from pgqueue.worker.claimer import RENEW
