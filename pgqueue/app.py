@@ -28,7 +28,15 @@ from pgqueue.discovery import task_modules
 from pgqueue.enqueue import Client
 from pgqueue.errors import AppNotLoaded, ConfigError, DuplicateTask, PgQueueError, UnknownTask, shown
 from pgqueue.hooks import Hook, HookName, Hooks, Wrapper, check_name
-from pgqueue.job import JobRequest, check_id, check_priority, check_queue, check_task_name
+from pgqueue.job import (
+    JobRequest,
+    check_id,
+    check_priority,
+    check_queue,
+    check_task_name,
+    current_request,
+    new_ids,
+)
 from pgqueue.options import (
     TASK_DEFAULTS,
     TASK_OPTIONS,
@@ -538,7 +546,10 @@ class PgQueue:
             raise TypeError(
                 f"enqueue_many takes a list of calls made with task.s(...), got {shown(signatures)}"
             )
-        requests = [self._request_of(each) for each in signatures]
+        calls = list(signatures)
+        adds_nothing = current_request.get() is None and not self.hooks.has("before_enqueue")
+        ids = new_ids(len(calls))
+        requests = [self._request_of(*each, adds_nothing) for each in zip(calls, ids, strict=True)]
         if wrong := next((each for each in requests if each.on_conflict != "return"), None):
             raise ValueError(
                 f"enqueue_many takes on_conflict='return' only, got {wrong.on_conflict!r} for {wrong.task}; "
@@ -546,7 +557,13 @@ class PgQueue:
             )
         return requests
 
-    def _request_of(self, signature: object) -> JobRequest:
+    def _request_of(self, signature: object, job_id: str, adds_nothing: bool) -> JobRequest:
+        """The request of one call among many; this id is for it unless it brings its own."""
+        if adds_nothing and isinstance(signature, Signature):
+            task = self._tasks.get(signature.task)
+            if task and not (signature.options or signature.links or signature.error_links):
+                check_arguments(signature.task, signature.args, signature.kwargs)
+                return task.plain_request(job_id, signature.args, signature.kwargs)
         if not isinstance(signature, Signature):
             raise TypeError(f"enqueue_many takes calls made with task.s(...), got {shown(signature)}")
         if signature.options:

@@ -31,7 +31,9 @@ MAX_PAYLOAD_BYTES: Final = 1 << 20
 MAX_RESULT_BYTES: Final = 1 << 20
 
 _MAX_PLANS = 256
-_NUL = "\\u0000"
+_TOO_SHORT_FOR_A_WRONG_INT = 600
+"""An int of more than `MAX_INT_BITS` has more digits than that."""
+_NUL = b"\\u0000"
 _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
 _NOT_BRACKETS = re.compile(r"[^][{}]+")
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
@@ -49,6 +51,13 @@ class _Plan(typing.NamedTuple):
     args: tuple[_NamedShape, ...]
     kwargs: dict[str, _NamedShape]
     quick: tuple[Callable[[Any], bool], ...]
+
+    def are_own_json(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether all are their own JSON values: `Shape.quick`."""
+        for quick, value in zip(self.quick, args, strict=False):
+            if not quick(value):
+                return False
+        return all(self.kwargs[key][1].quick(value) for key, value in kwargs.items())
 
 
 class ArgumentCodec:
@@ -75,6 +84,7 @@ class ArgumentCodec:
             self._signature = _without_context(self._signature, task)
         self._shapes: dict[str, Shape] = {}
         self._plans: dict[tuple[object, ...], _Plan] = {}
+        self._own_json: set[tuple[type, ...]] = set()
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, str]:
         """The arguments as a JSON array and a JSON object; defaults are not sent.
@@ -83,14 +93,16 @@ class ArgumentCodec:
             TypeError: A call with these arguments would raise it.
             PayloadError: An argument does not fit its annotation, or the payload its limits.
         """
+        kinds = tuple(map(type, args))
+        if kinds in self._own_json and not kwargs:
+            texts = _quick_json(args, kwargs)
+            if texts is not None and len(texts[0]) < _TOO_SHORT_FOR_A_WRONG_INT:
+                return texts
         plan = self._plans.get((len(args), *kwargs)) or self._plan(args, kwargs)
-        if not kwargs:
-            for quick, value in zip(plan.quick, args, strict=False):
-                if not quick(value):
-                    break
-            else:
-                if (text := _quick_json(args)) is not None:
-                    return text, "{}"
+        if plan.are_own_json(args, kwargs) and (texts := _quick_json(args, kwargs)) is not None:
+            if not kwargs and float not in kinds and len(self._own_json) < _MAX_PLANS:
+                self._own_json.add(kinds)
+            return texts
         positional = [_encode(*named, value) for named, value in zip(plan.args, args, strict=True)]
         keywords = {key: _encode(*plan.kwargs[key], value) for key, value in kwargs.items()}
         names = [name for name, _ in plan.args]
@@ -262,14 +274,16 @@ def _decode(name: str, shape: Shape, value: Any) -> Any:
         raise PayloadError(f"{name} cannot be decoded as {shape.name}: {reason(error)}") from error
 
 
-def _quick_json(args: Sequence[Any]) -> str | None:
-    """JSON of arguments that are their own JSON values, or None if the long way must say what is wrong."""
+def _quick_json(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, str] | None:
+    """JSON of arguments that are their own JSON values, or None if the long way must write it or refuse."""
     try:
         data: bytes = _to_json(args)
-    except UnicodeEncodeError:
+        more: bytes = _to_json(kwargs) if kwargs else b"{}"
+    except (ValueError, TypeError):  # of lone surrogates, of a sequence that is no list
         return None
-    text = data.decode()
-    return None if _NUL in text or len(data) + len("{}") > MAX_PAYLOAD_BYTES else text
+    if len(data) + len(more) > MAX_PAYLOAD_BYTES or _NUL in data or _NUL in more:
+        return None
+    return data.decode(), more.decode()
 
 
 def _payload(args: list[Any], kwargs: dict[str, Any], names: list[str]) -> tuple[str, str]:

@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from msgspec import structs
+
 from pgqueue.codec import decode_headers, encode_result
 from pgqueue.context import Request
 from pgqueue.database.connection import adrive, drive
@@ -187,7 +189,7 @@ class Eager(Client):
             else:
                 job = node.request
                 if before is not None and node.takes_result:
-                    job = replace(job, args=_in_front(before.result or "null", job.args))
+                    job = structs.replace(job, args=_in_front(before.result or "null", job.args))
                 yield from self._job(job, caller)
                 ends[node.id] = self._ends.outcome(node.id)
         spared = {node.id for node in request.nodes if self._was_cancelled(end_of(node).fault)}
@@ -200,7 +202,8 @@ class Eager(Client):
                     job = handler.request
                     fault = json.dumps(end.fault or node.id)
                     yield from self._job(
-                        replace(job, args=_in_front(fault, job.args)) if handler.takes_id else job, caller
+                        structs.replace(job, args=_in_front(fault, job.args)) if handler.takes_id else job,
+                        caller,
                     )
         jobs = [node.id for node in request.nodes if node.request is not None]
         whole = end_of(nodes[request.output])

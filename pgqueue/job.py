@@ -67,7 +67,7 @@ PRIORITIES: Final = range(10)
 
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9_.:\-]{1,63}")
 _TASK_NAME = re.compile(r"[^\x00-\x20\x7f]{1,255}")
-_UNIX_TO_UUID_MS = 80
+_VARIANT = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
 
 
 def new_id() -> str:
@@ -77,13 +77,20 @@ def new_id() -> str:
     return timed_id(time.time_ns() // 1_000_000, os.urandom(10))
 
 
+def new_ids(count: int) -> list[str]:
+    """So many of `new_id`, for a fifth of the price of each."""
+    head = new_id()[:15]
+    digits, variant = os.urandom(10 * count).hex(), _VARIANT
+    return [
+        f"{head}{digits[i : i + 3]}-{variant[digits[i + 3]]}{digits[i + 4 : i + 7]}-{digits[i + 7 : i + 19]}"
+        for i in range(0, 20 * count, 20)
+    ]
+
+
 def timed_id(milliseconds: int, rest: bytes) -> str:
     """The UUIDv7 of a time since 1970 and ten bytes, of which six bits are not used."""
-    value = milliseconds << _UNIX_TO_UUID_MS | int.from_bytes(rest, "big") & ((1 << 80) - 1)
-    value = value & ~(0xF << 76) | 0x7 << 76
-    value = value & ~(0x3 << 62) | 0x2 << 62
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    since, digits = f"{milliseconds:012x}", rest.hex()
+    return f"{since[:8]}-{since[8:]}-7{digits[1:4]}-{_VARIANT[digits[4]]}{digits[5:8]}-{digits[8:]}"
 
 
 def check_id(job_id: object) -> str:
@@ -121,8 +128,7 @@ def check_priority(priority: object) -> int:
     return priority
 
 
-@dataclass(frozen=True, slots=True)
-class JobRequest:
+class JobRequest(msgspec.Struct, frozen=True, gc=False):
     """One job about to be enqueued, checked and encoded.
 
     Attributes:
@@ -139,6 +145,9 @@ class JobRequest:
         unique_key: None for none.
         on_conflict: What to do if a live job of the task has the key: "return", "raise" or "replace".
         history: Whether the job will be remembered once it has succeeded.
+
+    A Struct, because making one takes a tenth of the time that a frozen dataclass does. It holds no
+    containers, so the garbage collector need not look at thousands of them.
     """
 
     id: str

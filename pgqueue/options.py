@@ -216,9 +216,10 @@ def check_option_names(call: str, options: Mapping[str, object]) -> None:
 
 def check_arguments(task: str, args: object, kwargs: object) -> None:
     """TypeError unless args is a list, a tuple or the like, and kwargs a mapping with text as keys."""
-    if not isinstance(args, Sequence) or isinstance(args, (str, bytes, bytearray)):
+    # tuple and dict are named because asking an ABC is slow
+    if not isinstance(args, (tuple, Sequence)) or isinstance(args, (str, bytes, bytearray)):
         raise TypeError(f"{task}: args must be a list or tuple, got {shown(args)}")
-    if not isinstance(kwargs, Mapping):
+    if not isinstance(kwargs, (dict, Mapping)):
         raise TypeError(f"{task}: kwargs must be a mapping, got {shown(kwargs)}")
     for name in kwargs:
         if not isinstance(name, str):

@@ -48,7 +48,7 @@ def of_this_run(options: Mapping[str, Any]) -> Mapping[str, Any]:
         given = isinstance(headers, Mapping) and CORRELATION_ID in headers
         if inherited and len(inherited) <= MAX_LABEL and not given:
             options = {**options, CORRELATION_ID: inherited}
-    return _labelled(options)
+    return _labelled(options) if options else options
 
 
 def _labelled(options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -104,7 +104,10 @@ class Shape:
         raise NotImplementedError
 
     def quick(self, value: Any) -> bool:
-        """Whether `value` is its own JSON value, sparing `encode` (strings aside: see `check_text`)."""
+        """Whether `value` is its own JSON value, sparing `encode` (strings aside: see `check_text`).
+
+        Of a value that is no float its type says so, but for the size of an int.
+        """
         return False
 
     def refuse(self, value: object) -> Misfit:
@@ -174,6 +177,12 @@ class Plain(Shape):
 
     def decode(self, value: Any) -> Any:
         return value
+
+    def quick(self, value: Any) -> bool:
+        kind = type(value)
+        if kind is int:
+            return bool(-(2**63) <= value < 2**63)
+        return kind is str or kind is bool or value is None or (kind is float and math.isfinite(value))
 
 
 class PlainOrTime(Plain):

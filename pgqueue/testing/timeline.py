@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any, Final, TypeVar
+
+from msgspec import structs
 
 from pgqueue.database.connection import AsyncCaller, SyncCaller
 from pgqueue.database.link import Row
@@ -223,7 +225,7 @@ class TravellingClient(Client):
         if not offset:
             return request
         countdown, expires_in = request.countdown, request.expires_in
-        return replace(
+        return structs.replace(
             request,
             countdown=None if countdown is None else countdown + offset,
             expires_in=None if expires_in is None else expires_in + offset,

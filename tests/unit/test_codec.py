@@ -5,6 +5,7 @@ import dataclasses
 import enum
 import math
 import sys
+import types
 import typing
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -460,6 +461,29 @@ def test_integers_are_exact_up_to_2048_bits() -> None:
     for value in (2**2048, -(2**2048), 10**5000):
         for annotation in (int, Any):
             assert "x must have at most 2048 bits" in refused(annotation, value)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [(1, 2**2048), ("a", "a\0"), ("a", "\ud800"), ("a", "x" * (1 << 20)), (1.5, math.nan)],
+)
+def test_a_value_is_checked_however_many_of_its_type_have_passed(good: Any, bad: Any) -> None:
+    for annotation in (type(good), Any):
+        codec = codec_for(annotation)
+        for args, kwargs in (((good,), {}), ((), {"x": good})):
+            assert codec.encode(args, kwargs) == codec.encode(args, kwargs)
+        for args, kwargs in (((bad,), {}), ((), {"x": bad})):
+            with pytest.raises(PayloadError, match="x "):
+                codec.encode(args, kwargs)
+        if annotation is not Any:
+            with pytest.raises(PayloadError, match="x must be"):
+                codec.encode(([good],), {})
+
+
+def test_arguments_may_be_any_sequence_and_mapping() -> None:
+    codec = codec_for(int)
+    assert codec.encode(range(3, 4), {}) == ("[3]", "{}")
+    assert codec.encode((), types.MappingProxyType({"x": 3})) == ("[]", '{"x":3}')
 
 
 def test_keys_are_strings_unless_annotated() -> None:

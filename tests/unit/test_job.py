@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from pgqueue.job import check_id, check_priority, check_queue, check_task_name, new_id
+from pgqueue.job import check_id, check_priority, check_queue, check_task_name, new_id, new_ids
 
 
 def test_a_new_id_is_a_version_7_uuid_with_the_time_in_front() -> None:
@@ -40,6 +40,22 @@ def test_ids_sort_by_the_time_they_were_made() -> None:
 
 def test_ids_do_not_repeat() -> None:
     assert len({new_id() for _ in range(10_000)}) == 10_000
+    assert len(set(new_ids(10_000))) == 10_000
+
+
+def test_many_ids_are_like_one() -> None:
+    before = time.time_ns() // 1_000_000
+    ids = new_ids(300)
+    after = time.time_ns() // 1_000_000
+    for text in ids:
+        value = uuid.UUID(text)
+        assert str(value) == text
+        assert (value.version, value.variant) == (7, uuid.RFC_4122)
+        assert before <= value.int >> 80 <= after
+    every_bit = [uuid.UUID(text).int for text in ids]
+    free = ((1 << 76) - 1) & ~(0x3 << 62)
+    assert all(any(value >> bit & 1 for value in every_bit) for bit in range(76) if free >> bit & 1)
+    assert new_ids(0) == []
 
 
 def test_an_id_is_taken_in_any_spelling_and_given_back_in_one() -> None:
