@@ -85,27 +85,32 @@ def insert_one(request: JobRequest, *, repeated: bool = False, flush: bool = Fal
         DuplicateJob: Another job has the unique key, and the caller asked to be told.
         UniqueWaitTimeout: An open transaction holds the unique key.
     """
-    parameters = {
+    parameters: dict[str, Any] = {
         "task": request.task,
         "args": request.args,
         "kwargs": request.kwargs,
         "queue": request.queue,
         "priority": request.priority,
-        "eta": request.eta,
-        "countdown": request.countdown,
-        "expires_at": request.expires_at,
-        "expires_in": request.expires_in,
         "id": request.id,
         "headers": request.headers,
-        "max_retries": request.max_retries,
-        "new_id": not (repeated or request.given_id),
-        "flush": flush,
     }
+    statement = "enqueue_ready_job"
+    if repeated or flush or not request.is_plain:
+        statement = "enqueue_job"
+        parameters |= {
+            "eta": request.eta,
+            "countdown": request.countdown,
+            "expires_at": request.expires_at,
+            "expires_in": request.expires_in,
+            "max_retries": request.max_retries,
+            "new_id": not (repeated or request.given_id),
+            "flush": flush,
+        }
 
     def plan(channel: Channel) -> Steps[str]:
         if request.unique_key is not None:
             return (yield from _insert_unique(request, {**parameters, "unique_key": request.unique_key}))
-        rows = yield Statement("enqueue_job", parameters)
+        rows = yield Statement(statement, parameters)
         job_id: str = rows[0][0]
         return job_id
 
@@ -222,7 +227,7 @@ def in_transaction_of_caller(plan: Plan[T], home: str | None) -> Plan[T]:
 
     def checked(channel: Channel) -> Steps[T]:
         yield from check_install(channel, home)
-        return (yield from _before_commit(plan, channel))
+        return (yield from (_before_commit(plan, channel) if armed else plan(channel)))
 
     return checked
 
@@ -402,9 +407,12 @@ def until_settled(
         if pause:
             yield Pause(pause)
         try:
-            plan = partial(_before_commit, plan_for(lost is not None))
+            plan = plan_for(lost is not None)
+            if armed:
+                plan = partial(_before_commit, plan)
             result: T = yield Attempt(plan, atomic or lost is not None or armed)
-            failpoint("enqueue_after_commit")
+            if armed:
+                failpoint("enqueue_after_commit")
             return result
         except ConnectionLost as error:
             if not history:

@@ -128,6 +128,9 @@ def check_priority(priority: object) -> int:
     return priority
 
 
+_NOTHING_SAID: Final = (None,) * 6
+
+
 class JobRequest(msgspec.Struct, frozen=True, gc=False):
     """One job about to be enqueued, checked and encoded.
 
@@ -166,6 +169,12 @@ class JobRequest(msgspec.Struct, frozen=True, gc=False):
     on_conflict: str = "return"
     history: bool = True
     given_id: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is said of its times, retries and uniqueness, and its id is fresh."""
+        said = (self.eta, self.countdown, self.expires_at, self.expires_in, self.max_retries, self.unique_key)
+        return said == _NOTHING_SAID and not self.given_id
 
 
 class ClaimedJob(msgspec.Struct, array_like=True, gc=False):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping
+from functools import cache
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -281,6 +282,14 @@ def read_install(rows: Rows) -> str | None:
     return comment if isinstance(comment, str) and comment.startswith("pgqueue ") else None
 
 
+@cache
+def _psycopg() -> Any:
+    """The driver, imported when there is a connection of it; an import statement on each use is slower."""
+    import psycopg
+
+    return psycopg
+
+
 class _Psycopg:
     """What both kinds of psycopg connection share."""
 
@@ -301,10 +310,10 @@ class _Psycopg:
         return not self.in_pipeline
 
     def may_be_idle(self) -> bool:
-        from psycopg.pq import TransactionStatus
-
-        status = self.connection.pgconn.transaction_status
-        return self.connection.autocommit and status in (TransactionStatus.IDLE, TransactionStatus.ACTIVE)
+        if not self.connection.autocommit:
+            return False
+        status = _psycopg().pq.TransactionStatus
+        return self.connection.pgconn.transaction_status in (status.IDLE, status.ACTIVE)
 
     def require_transaction(self) -> None:
         if self.may_be_idle():
@@ -318,31 +327,29 @@ class PsycopgChannel(_Psycopg):
     """A psycopg connection. Its cursors are ours: the caller's row and cursor factories do not apply."""
 
     def perform(self, step: Step) -> Rows:
-        from psycopg import Cursor
-        from psycopg.rows import tuple_row
-
-        cursor = Cursor(self.connection, row_factory=tuple_row)
+        psycopg = _psycopg()
+        cursor = psycopg.Cursor(self.connection, row_factory=psycopg.rows.tuple_row)
         if isinstance(step, Copy):
             with cursor.copy(step.text(self.schema)) as copy:
                 copy.write(step.payload)
             return []
-        return cursor.execute(query(step.name, self.schema).text, step.parameters).fetchall()
+        rows: Rows = cursor.execute(query(step.name, self.schema).text, step.parameters).fetchall()
+        return rows
 
 
 class AsyncPsycopgChannel(_Psycopg):
     """`PsycopgChannel` for an AsyncConnection."""
 
     async def perform(self, step: Step) -> Rows:
-        from psycopg import AsyncCursor
-        from psycopg.rows import tuple_row
-
-        cursor = AsyncCursor(self.connection, row_factory=tuple_row)
+        psycopg = _psycopg()
+        cursor = psycopg.AsyncCursor(self.connection, row_factory=psycopg.rows.tuple_row)
         if isinstance(step, Copy):
             async with cursor.copy(step.text(self.schema)) as copy:
                 await copy.write(step.payload)
             return []
         await cursor.execute(query(step.name, self.schema).text, step.parameters)
-        return await cursor.fetchall()
+        rows: Rows = await cursor.fetchall()
+        return rows
 
 
 def _open_psycopg(connection: Any, schema: str) -> PsycopgChannel:

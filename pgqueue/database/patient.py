@@ -8,12 +8,15 @@ every tenth of a second.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
 
 import psycopg
 from psycopg.abc import RV, PQGen
 from psycopg.rows import TupleRow
+
+from pgqueue.database.dsn import cut_short
 
 ANSWER_PATIENCE: Final = 5.0
 """Seconds beyond its statement timeout after which a server that has not answered is given up."""
@@ -22,14 +25,32 @@ FIRST: Final = 10.0
 """Seconds for the first answer, before it is known how long a statement may take."""
 
 
+@dataclass(slots=True)
+class State:
+    """What its pool knows of a connection.
+
+    Attributes:
+        is_pooled: There is a pooler in between: the session is not ours alone.
+        cut_short: A commit since the flag was last cleared did not wait for its synchronous standbys.
+    """
+
+    is_pooled: bool = False
+    cut_short: bool = False
+
+    def on_notice(self, diagnostic: Any) -> None:
+        self.cut_short = self.cut_short or cut_short(diagnostic)
+
+
 class Connection(psycopg.Connection[TupleRow]):
     """A connection that breaks when an answer takes longer than `patience`.
 
     Attributes:
         patience: Seconds; None waits for ever.
+        state: For the pool it is in.
     """
 
     patience: float | None = FIRST
+    state: State
 
     def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
         return super().wait(_bounded(gen, self), *args, **kwargs)
@@ -39,6 +60,7 @@ class AsyncConnection(psycopg.AsyncConnection[TupleRow]):
     """`Connection`, to be awaited."""
 
     patience: float | None = FIRST
+    state: State
 
     async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
         return await super().wait(_bounded(gen, self), *args, **kwargs)

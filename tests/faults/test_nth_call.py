@@ -268,7 +268,7 @@ OPENINGS = {f"{kind}: {call}" for kind in WORKER_KINDS for call in ("BEGIN ISOLA
 
 
 COMMITS = (
-    Fault("client", 1, "cut after", after=("enqueue_job",)),
+    Fault("client", 1, "cut after", after=("enqueue_ready_job",)),
     Fault("client", 1, "cut after", after=("wake_workers",)),
     Fault("caller", 1, "cut before", after=("update orders",)),
     Fault("caller", 1, "cut after", after=("update orders",)),
