@@ -95,9 +95,12 @@ class ArgumentCodec:
         """
         kinds = tuple(map(type, args))
         if kinds in self._own_json and not kwargs:
-            texts = _quick_json(args, kwargs)
-            if texts is not None and len(texts[0]) < _TOO_SHORT_FOR_A_WRONG_INT:
-                return texts
+            try:
+                data: bytes = _to_json(args)
+            except (ValueError, TypeError):
+                data = _NUL
+            if len(data) < _TOO_SHORT_FOR_A_WRONG_INT and _NUL not in data:
+                return data.decode(), "{}"
         plan = self._plans.get((len(args), *kwargs)) or self._plan(args, kwargs)
         if plan.are_own_json(args, kwargs) and (texts := _quick_json(args, kwargs)) is not None:
             if not kwargs and float not in kinds and len(self._own_json) < _MAX_PLANS:
