@@ -5,7 +5,7 @@ do not wait for each other.
 
 Most of what `enqueue` cost beyond its INSERT was PL/pgSQL making expressions ready, which it does once per
 transaction: twenty of them, and one that opened every partition of `finished_jobs` to look for what only a repeated
-enqueue may find. With one job per transaction that was 85 microseconds of the server's on top of 200 for a plain
+enqueue may find. With one job per transaction that was about 85 microseconds of the server's on top of 200 for a plain
 INSERT and its COMMIT; now it is 45. The locks of so many partitions and their indexes went through the shared lock
 table: 64 connections enqueue 1.6 times as many jobs a second as before.
 

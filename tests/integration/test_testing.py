@@ -225,8 +225,8 @@ def test_a_retry_waits_until_time_travels(queue: QueueTester) -> None:
 def test_drain_can_wait_for_what_waits(queue: QueueTester) -> None:
     flaky.delay()
     snoozes.delay(2)
-    note.apply_async(("later",), countdown=86_400)
     before = queue.now
+    note.apply_async(("later",), countdown=86_400)
     drained = queue.drain(with_scheduled=True)
     assert drained.counts == {"retried": 2, "snoozed": 2, "succeeded": 2, "dead": 1}
     assert drained.left == {}
