@@ -220,6 +220,11 @@ class Dispatcher:
         return bool(self._waiting) or self.in_flight > self.most
 
     @property
+    def is_idle(self) -> bool:
+        """Whether it has no job, and no executor that is to end."""
+        return not (self._waiting or self._condemned or self.leaving or self.in_flight)
+
+    @property
     def in_flight(self) -> int:
         """Jobs that executors have."""
         return sum(len(slot.in_flight) for slot in self.slots)

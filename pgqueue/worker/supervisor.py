@@ -61,6 +61,10 @@ so."""
 AFTER_THE_CLAIM = 0.01
 """Seconds from a notification to the look for due jobs. Mostly it tells of a job that is ready, whose claim
 comes first."""
+LOOK_INTERVAL = 0.2
+"""Seconds between looks at jobs that run."""
+IDLE_LOOK_INTERVAL = 1.0
+"""Seconds between looks at a worker without jobs; the first job ends the pause."""
 LEAVE_PATIENCE = 3.0
 """Seconds a leaving worker at least tries to reach the database, however little time is left."""
 
@@ -114,6 +118,7 @@ class Supervisor:
         self._dsn = dsn
         self._claim_link = Link(dsn, schema=config.schema, name="claim")
         self._maintenance_link = Link(dsn, schema=config.schema, name="maintenance", statement_timeout=30)
+        self._busy = asyncio.Event()
         self._at_once = False
         self._stop_event = asyncio.Event()
         self._leaving: asyncio.Timeout | None = None
@@ -369,6 +374,8 @@ class Supervisor:
             pool.crew.renew()
             if self._draining:
                 continue
+            if pool.dispatcher.waiting:
+                self._busy.set()
             for slot, jobs in pool.dispatcher.assign(clock()):
                 if jobs[0].args:
                     self._processes.send(slot, jobs)
@@ -485,8 +492,15 @@ class Supervisor:
     async def _tick(self) -> None:
         """Look after what no event announces: stalled chunks, and jobs stranded here without a slot."""
         while True:
-            crowded = any(pool.dispatcher.is_crowded for pool in self._pools)
-            await asyncio.sleep(STALL if crowded else 0.2)
+            idle = all(pool.dispatcher.is_idle for pool in self._pools)
+            if idle:
+                self._busy.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(IDLE_LOOK_INTERVAL):
+                        await self._busy.wait()
+            if not idle or self._busy.is_set():
+                crowded = any(pool.dispatcher.is_crowded for pool in self._pools)
+                await asyncio.sleep(STALL if crowded else LOOK_INTERVAL)
             now = clock()
             self._health.watch(now)
             self._processes.collect()
