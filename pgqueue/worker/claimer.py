@@ -10,6 +10,11 @@ later sees the hint and notifies; one that read "nobody sleeps" and commits with
 2 ms after the last job, then 4, 8 …, so about t later. A worker that keeps up with more than two hundred jobs
 a second disarms the hint instead: with it every producer would pay for a NOTIFY, and polling every few
 milliseconds is cheaper for both.
+
+Asleep, it renews the hint in the transaction of each look, after the look: the hint still holds meanwhile, so
+only the first arming has to be committed before. (Renewed before it, the transaction would have its id before
+the claim's snapshot, and what the lanes conclude from that id would be wrong.) When such a transaction is
+refused, the next look arms on its own, as at first.
 """
 
 from __future__ import annotations
@@ -43,8 +48,13 @@ _PLACE = attrgetter("queue", "priority", "position")
 
 FLUSH_AFTER = 0.005
 FIRST_PAUSE = 0.002
-RENEW = 3.0
-"""Seconds: the hint holds for ten, so two renewals may fail."""
+HINT_HOLDS = 10.0
+"""Seconds, as `arm_wake` says it."""
+RENEW = 5.0
+"""Seconds until a sleeper renews its hint at the latest: one renewal may fail, it is tried again within a
+second or two."""
+RENEW_FROM = 3.0
+"""Seconds from which on it does so with a look that it takes anyhow."""
 RUSH = 200
 """Jobs a second above which a worker that keeps up polls instead of asking to be woken. Counted in jobs, not
 in claims: producers that wait for each other's NOTIFY are slow, and few claims would seem to find work."""
@@ -56,6 +66,8 @@ GATHER_MOST = 0.01
 DISARM_INTERVAL = 1.0
 PASSING_COST = 10
 """Of the time that an empty look at jobs of some tasks took: the pause before the next."""
+EVERY_QUEUE = "*"
+"""What no queue is called: the hint of a worker that serves every queue, for those that it does not know."""
 STRAYS_INTERVAL = 30.0
 """Seconds between looks for jobs that run under our name without our knowing. A claim whose answer was lost
 may be committed long after we have a new connection: its process was frozen, or waited for a standby."""
@@ -100,6 +112,7 @@ class Claimer:
             sleeps may help.
         retried: Called when the database has confirmed retries, with the seconds until the first is due.
         tasks: Those whose jobs are its own.
+        everything: Ask to be woken for queues, too, that nobody knows yet.
     """
 
     def __init__(
@@ -116,9 +129,11 @@ class Claimer:
         poll_interval: float,
         random: Random,
         tasks: TaskFilter | None = None,
+        everything: bool = False,
     ) -> None:
         self._link = link
         self._tasks = tasks or TaskFilter()
+        self._everything = everything
         self._lanes = lanes
         self._dispatcher = dispatcher
         self._identity = identity
@@ -220,7 +235,7 @@ class Claimer:
         self._wake_now = False
         if self._link.opened != self._opened or not await self._alive():
             await self._reconcile()
-        elif now >= self._strays_at:
+        elif now >= self._strays_at and not (claim and self._has_nothing):
             await self._adopt_strays()
         await self._round(wanted if claim else 0, now)
 
@@ -232,6 +247,11 @@ class Claimer:
                 await self._round(0, clock())
             except (DatabaseUnavailable, GroupFailed) as error:
                 await self._back_off(str(error))
+
+    @property
+    def _has_nothing(self) -> bool:
+        """Asleep, with no ack to come: what is due can share the transaction of the next look."""
+        return self.asleep and not self.unacked and not self._aside
 
     def _waiting_acks(self) -> list[Outcome]:
         return self._acking or self._dispatcher.outcomes
@@ -294,9 +314,12 @@ class Claimer:
     async def _adopt_strays(self) -> None:
         self._strays_at = clock() + STRAYS_INTERVAL
         self._try_aside_again()
-        adopted = await self._adopt(self._identity.id)
-        if adopted:
-            log.warning("claim_adopted jobs=%d", adopted)
+        self._tell_adopted(await self._adopt(self._identity.id))
+
+    @staticmethod
+    def _tell_adopted(jobs: int) -> None:
+        if jobs:
+            log.warning("claim_adopted jobs=%d", jobs)
 
     def _try_aside_again(self) -> None:
         self._dispatcher.outcomes += self._aside
@@ -316,14 +339,24 @@ class Claimer:
             groups.append([Call("settle_canvases", {"ids": "{" + ",".join(nodes) + "}"})])
         plan: Plan | None = None
         hint: bool | None = None
+        shared = False
+        held: set[str] | None = None
         worker = self._identity.id
         if wanted:
             plan = self._lanes.plan(wanted, now, to_the_end=self._looking)
+            parameters = {**plan.parameters(), **self._tasks.parameters(), "worker": worker}
+            claim = [Call("claim_jobs", {**parameters, "bare": self._bare})]
             hint = self._hint(now)
             if hint is not None:
-                groups.append([self._hint_call(hint)])
-            parameters = {**plan.parameters(), **self._tasks.parameters(), "worker": worker}
-            groups.append([Call("claim_jobs", {**parameters, "bare": self._bare})])
+                shared = hint and self._armed_at is not None and now - self._armed_at < HINT_HOLDS - 1
+                if shared:
+                    claim.append(self._hint_call(hint))
+                else:
+                    groups.append([self._hint_call(hint)])
+            if now >= self._strays_at and self._has_nothing:
+                held = dispatcher.holds
+                claim.insert(0, Call("list_claimed", {"worker": worker}))
+            groups.append(claim)
         if not groups:
             return
         try:
@@ -343,6 +376,8 @@ class Claimer:
             if not acks or error.group > 0:
                 # Arguments of a few bytes may be a gigabyte as text: then claim without printing any.
                 self._bare = plan is not None and (error.blames_the_row or error.sqlstate == QUERY_CANCELED)
+                if shared or held is not None:
+                    self._armed_at = None  # each on its own next time
                 if acks:
                     self._acked(batch, acks, error.rows[0])
                 raise
@@ -357,7 +392,11 @@ class Claimer:
             if hint is not None:
                 self._armed_at = now if hint else None
                 self._disarmed_at = self._disarmed_at if hint else now
-            await self._claimed(plan, answers[-1][0], worker, now)
+            rows = answers[-1]
+            if held is not None:
+                self._strays_at = clock() + STRAYS_INTERVAL
+                self._tell_adopted(self._take_over(rows.pop(0), worker, held))
+            await self._claimed(plan, rows[0], worker, now)
 
     def _settled(self, nodes: list[str], rows: list[Row]) -> None:
         """Forget what has been passed on; what it has released may be ours to claim."""
@@ -380,14 +419,17 @@ class Claimer:
             if self._armed_at is not None and rushing and now - self._disarmed_at >= DISARM_INTERVAL:
                 return False
             return None
-        if self.hears and (self._armed_at is None or now - self._armed_at >= RENEW):
+        if self.hears and (self._armed_at is None or now - self._armed_at >= RENEW_FROM):
             return True
         return None
 
     def _hint_call(self, arm: bool) -> Call:
+        queues = sorted(self._lanes.queues)
         if arm:
-            return Call("arm_wake", {"queues": sorted(self._lanes.queues), "next_eta": self._next_eta()})
-        return Call("disarm_wake", {"queues": sorted(self._lanes.queues)})
+            asked = [EVERY_QUEUE, *queues] if self._everything else queues
+            return Call("arm_wake", {"queues": asked, "next_eta": self._next_eta()})
+        # Not for the queues that nobody knows: their first job pays for its NOTIFY.
+        return Call("disarm_wake", {"queues": queues})
 
     async def _claimed(self, plan: Plan, rows: list[Row], worker: str, now: float) -> None:
         self.last_claim = now
@@ -429,8 +471,10 @@ class Claimer:
         if self._rushing(now):
             self._look_again_at = clock() + max(RUSH_PAUSE, self._gathering())
             return
-        pause = min(self._pause, self._poll_interval * self._random.uniform(0.8, 1.0))
-        self._look_again_at = clock() + (min(pause, RENEW) if self._armed_at is not None else pause)
+        pause = min(self._pause, self._poll_interval * self._random.uniform(0.9, 1.0))
+        self._look_again_at = clock() + pause
+        if self._armed_at is not None:
+            self._look_again_at = min(self._look_again_at, self._armed_at + RENEW)
         self._pause = min(self._pause * 2, self._poll_interval)
 
     @staticmethod
@@ -454,7 +498,11 @@ class Claimer:
     async def _adopt(self, worker: str) -> int:
         """Take over, row by row, the jobs that run under our name without our knowing; returns how many."""
         held = self._dispatcher.holds  # a transactional run may end by itself while we ask
-        jobs, unreadable = decode_claimed(await self._link.call("list_claimed", worker=worker), worker)
+        return self._take_over(await self._link.call("list_claimed", worker=worker), worker, held)
+
+    def _take_over(self, rows: list[Row], worker: str, held: set[str]) -> int:
+        """Of these, which run under our name, those we do not know; `held`: what we had when we asked."""
+        jobs, unreadable = decode_claimed(rows, worker)
         held |= self._dispatcher.holds
         # By attempt: a job we gave back may have been claimed again in the round trip whose answer was lost.
         ended = {(outcome.id, outcome.attempt) for outcome in self._acking + self._aside}

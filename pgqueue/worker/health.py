@@ -5,7 +5,7 @@ succeeded lately, unless none was wanted":
 
 - No claim is wanted while every executor is busy, while there is none, and while draining. Then nothing is
   sent to the database just to be seen: such a worker is healthy by definition, and when its claim loop hangs
-  all the same, that shows as soon as the first executor is free. Idle, the claim loop asks every three
+  all the same, that shows as soon as the first executor is free. Idle, the claim loop asks every five
   seconds.
 - A claim that the database refused, or that found it away, counts as an attempt: the loop goes on, and a
   restart does not bring a database back.
@@ -117,7 +117,7 @@ class Report:
 
 
 class Health:
-    """Watches one worker; `observe` must be called several times a second.
+    """Watches one worker; `observe` must be called every second or so.
 
     Args:
         lease: Seconds, as the setting.

@@ -29,6 +29,8 @@ WINDOW = 10_000
 ms."""
 TRAILING_INTERVAL = 0.05
 SWEEP_INTERVAL = 5.0
+SLEEPERS_SHARE = 0.8
+"""Of that, from which on a look before sleeping sweeps: the next comes up to five seconds later."""
 MAX_MARKS = 256
 QUEUES_PER_CLAIM = 100
 """A thousand lanes cost 9 ms of server time a claim; a worker that serves more queues takes turns."""
@@ -160,6 +162,10 @@ class Lanes:
         for queue in queues:
             self.add(queue)
 
+    def __contains__(self, queue: str) -> bool:
+        """Whether the queue is served."""
+        return queue in self._lanes
+
     @property
     def queues(self) -> list[str]:
         """The queues served."""
@@ -192,10 +198,11 @@ class Lanes:
         chosen = self._draw()
         complete = to_the_end and self._quiet + len(chosen) >= len(self._lanes)
         cap = self._caps(chosen, batch)
+        stale = SWEEP_INTERVAL * (SLEEPERS_SHARE if to_the_end else 1.0)
         for queue in chosen:
             for lane in self._lanes[queue]:
                 most = min(batch, cap[queue])
-                if now - lane.swept >= SWEEP_INTERVAL:
+                if now - lane.swept >= stale:
                     ranges.append(Range(lane, START, END, most))
                 elif to_the_end:
                     ranges.append(Range(lane, lane.trailer, END, most))
