@@ -32,6 +32,8 @@ log = logging.getLogger("pgqueue.worker")
 
 LOOK_INTERVAL: Final = 10.0
 """Seconds between looks for schedules that somebody has added or changed, if no notification came."""
+HEARING_INTERVAL: Final = 30.0
+"""The same where notifications arrive: for those that were lost."""
 HELD_INTERVAL: Final = 1.0
 """The same while a tick waits for the end of the job before it."""
 AGAIN_INTERVAL: Final = 0.1
@@ -76,6 +78,7 @@ class Scheduler:
     Args:
         schedules: Those that the application has in its code, as documents of `put_schedules`.
         ready: Told the queues in which there are jobs now.
+        hears: Whether notifications are known to arrive.
     """
 
     def __init__(
@@ -86,12 +89,14 @@ class Scheduler:
         *,
         ready: Callable[[list[str]], Awaitable[None]],
         random: Random,
+        hears: Callable[[], bool] = lambda: False,
     ) -> None:
         self._link = link
         self._identity = identity
         self._schedules = list(schedules)
         self._ready = ready
         self._random = random
+        self._hears = hears
         self._event = asyncio.Event()
         self._known = False
         self._said_off = False
@@ -135,7 +140,9 @@ class Scheduler:
             await self._declare()
         ((at, next_in, workers, document),) = await self._link.call("find_due_schedules", now=now)
         moment = datetime.fromtimestamp(at, UTC)
-        pause = LOOK_INTERVAL if next_in is None else min(next_in, LOOK_INTERVAL)
+        pause = HEARING_INTERVAL if self._hears() else LOOK_INTERVAL
+        if next_in is not None:
+            pause = min(pause, next_in)
         queues: set[str] = set()
         for each in _DECODER.decode(document):
             decision = self._decision(each, moment)

@@ -154,6 +154,7 @@ class Supervisor:
             loaded.schedules,
             ready=self._maintenance.became_ready,
             random=self._random,
+            hears=lambda: self._pools.own.claimer.hears,
         )
         self._health = Health(
             self._identity,
@@ -344,6 +345,7 @@ class Supervisor:
         """Notifications reach this worker from now on, or do not."""
         for pool in self._pools:
             pool.claimer.hear(hears, self._config.poll_every(hears=hears))
+        self._scheduler.wake()  # what was notified meanwhile is missed
 
     def _serve(self, queue: str) -> None:
         """There is one more queue."""

@@ -19,7 +19,13 @@ from pgqueue.cron import Cron, ticks_between
 from pgqueue.database.link import Link
 from pgqueue.database.migrate import upgrade
 from pgqueue.worker.identity import Identity
-from pgqueue.worker.scheduler import HELD_INTERVAL, LOOK_INTERVAL, OLD_INTERVAL, Scheduler
+from pgqueue.worker.scheduler import (
+    HEARING_INTERVAL,
+    HELD_INTERVAL,
+    LOOK_INTERVAL,
+    OLD_INTERVAL,
+    Scheduler,
+)
 
 Row = dict[str, Any]
 START = datetime(2026, 5, 6, 12, tzinfo=UTC)
@@ -257,6 +263,23 @@ def test_ticks_that_nobody_was_there_for(queue: Queue) -> None:
     assert [queue.row(name)["missed"] for name in ("latest", "all", "none")] == [2, 0, 3]
     look(queue, 8)
     assert queue.ticks("none") == [minute(8)]
+
+
+def test_who_hears_of_changes_looks_less_often(queue: Queue) -> None:
+    async def ready(queues: list[str]) -> None: ...
+
+    async def scene(link: Link) -> None:
+        hears = True
+        one = Scheduler(link, Identity(), [], ready=ready, random=Random(1), hears=lambda: hears)
+        assert await one.run_once(START) == HEARING_INTERVAL
+        hears = False
+        assert await one.run_once(START) == LOOK_INTERVAL
+        hears = True
+        queue.schedule(every="5 s")
+        await one.run_once(START)
+        assert 0 < await one.run_once(START + timedelta(seconds=1)) <= 5
+
+    play(queue.dsn, scene)
 
 
 def test_skip_while_a_job_lives(queue: Queue) -> None:
