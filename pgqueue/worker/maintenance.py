@@ -11,6 +11,11 @@ asks how long a job has run.
 
 Crash between any two statements: nothing is half done, each is one transaction; the next pass of any worker
 goes on.
+
+While the worker sleeps, all that comes every few seconds goes in one transaction with the heartbeat, and all
+housekeeping in another. When the database refuses one of those, every act is on its own for a minute, as it
+is while there is work: one that fails, or takes long, never stops heartbeats. When the answer is lost, all of
+it is sent again, as each would be.
 """
 
 from __future__ import annotations
@@ -18,18 +23,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
 from pgqueue.config import Config
 from pgqueue.database.dsn import RETRY_MOST, retry_delay
-from pgqueue.database.link import Call, GroupFailed, Link
+from pgqueue.database.link import Call, GroupFailed, Link, Row
 from pgqueue.errors import DatabaseUnavailable
 from pgqueue.failpoints import failpoint
 from pgqueue.job import Progress
-from pgqueue.worker.claimer import RENEW
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Cursor
 from pgqueue.worker.wire import TaskFacts, clock
@@ -45,6 +49,14 @@ PROMOTE_INTERVAL = 0.1
 """Seconds between looks for due jobs while there is work; asleep, the next eta decides."""
 PROMOTE_SWEEP = 5.0
 DISCOVER_INTERVAL = 1.0
+"""Seconds between looks for queues nobody knew, unless a notification tells of them."""
+DISCOVER_PAUSE = 0.1
+"""Seconds between looks that notifications ask for: somebody else may have been quicker, again and again."""
+IDLE_INTERVAL = 6.0
+"""Seconds between such looks, and those for due jobs, while asleep: they come with the heartbeat, every
+five."""
+APART = 60.0
+"""Seconds for which acts go each on their own after the database has refused them together."""
 RUNNING_INTERVAL = 0.8
 """Seconds at least between heartbeats that tell of running jobs: what they say is seen within a second."""
 RUNNING_AFTER = 1.0
@@ -125,6 +137,8 @@ class Maintenance:
         wake: Jobs have become ready: look for them.
         health: What the heartbeat is to say of this worker beside its counts.
         cancel: Called with the ids of jobs in hand that somebody wants cancelled.
+        told_of_queues: Whether the first job in a queue that nobody knew is notified, where notifications
+            arrive.
         proven: Called with the time, on `clock()`, until when no other worker takes this one's jobs.
     """
 
@@ -142,6 +156,7 @@ class Maintenance:
         wake: Callable[[], None],
         health: Callable[[], Mapping[str, object]] = dict,
         cancel: Callable[[list[str]], None] = lambda _: None,
+        told_of_queues: Callable[[], bool] = lambda: False,
         proven: Callable[[float], None] = lambda _: None,
         random: Random,
     ) -> None:
@@ -157,6 +172,7 @@ class Maintenance:
         self._health = health
         self._proven = proven
         self._cancel = cancel
+        self._told_of_queues = told_of_queues
         self._random = random
         self._event = asyncio.Event()
         self._watch = Watch(config.lease, patience=3 * config.heartbeat)
@@ -169,7 +185,7 @@ class Maintenance:
         self._notify_queue = _Timer()
         self._cancellations = _Timer(float("inf"))
         self._housekeeping = _Timer()
-        self._walk = _Timer()
+        self._walk = _Timer(float("inf"))
         self._partitions = _Timer()
         self._canvases = _Timer()
         self._unsettled: str | None = None
@@ -178,6 +194,8 @@ class Maintenance:
         self._last_share = float("-inf")
         self._looked_at = float("-inf")
         self._last_promotion = float("-inf")
+        self._last_discovery = float("-inf")
+        self._apart_until: dict[str, float] = {}
         self._last_running: list[str] = []
         self._last_progress: dict[str, Progress] = {}
         self._failures = 0
@@ -193,6 +211,11 @@ class Maintenance:
     def look_for_due_jobs(self, seconds: float = 0.0) -> None:
         """A job may be due in so many seconds: be there, but not more often than every 100 ms."""
         self._promotion.pull(max(clock() + seconds, self._last_promotion + PROMOTE_INTERVAL))
+        self._event.set()
+
+    def look_for_queues(self) -> None:
+        """There may be a job in a queue that nobody here knows."""
+        self._discovery.pull(max(clock(), self._last_discovery + DISCOVER_PAUSE))
         self._event.set()
 
     def look_for_cancellations(self) -> None:
@@ -265,6 +288,11 @@ class Maintenance:
     async def run_once(self) -> None:
         """Everything that is due now."""
         now = clock()
+        asleep = self._asleep()
+        if not asleep:
+            self._discovery.pull(now + DISCOVER_INTERVAL)
+        if asleep and now >= self._heartbeat.at and now >= self._apart_until.get("beat", now):
+            await self.beat_with_the_rest(now)
         if now >= self._heartbeat.at or self._running_changed(now):
             await self.beat(now)
         if now >= self._share_at.at:
@@ -278,35 +306,118 @@ class Maintenance:
         if now >= self._promotion.at:
             await self.promote(now)
         if self._discover is not None and now >= self._discovery.at:
-            self._discovery.at = now + DISCOVER_INTERVAL
-            await self.find_queues(self._discover)
+            await self.find_queues(self._discover, now)
         if now >= self._notify_queue.at:
-            self._notify_queue.at = now + NOTIFY_QUEUE_INTERVAL
-            ((usage,),) = await self._link.call("drain_notify_queue")
-            if usage > 0.5:
-                log.warning("notify_queue_filling usage=%.2f", usage)
+            self._notify_queue_read(now, await self._link.call("drain_notify_queue"))
         if now >= self._housekeeping.at:
             self._housekeeping.at = now + HOUSEKEEPING_INTERVAL * self._random.uniform(0.9, 1.1)
             await self.keep_house(now)
         if now >= self._walk.at:
-            await self.walk_history(now)
+            await self.walk_history()
+
+    async def beat_with_the_rest(self, now: float) -> None:
+        """The heartbeat and what else comes every few seconds, in one transaction: for a worker without
+        work. Refused, it has done nothing, and all of it is due as before.
+
+        The looks for due jobs come first: their transaction must not have an id before their snapshot.
+        Canvases come before the rescue, because ends are passed on in a transaction after theirs. The
+        heartbeat comes last, so that the worker's row is locked for a moment only.
+        """
+        self._about_to_beat(now)
+        after, sweep = self._about_to_promote(now)
+        calls = [
+            Call("promote_jobs", {"after": after, "now": None, "batch": PROMOTE_BATCH}),
+            Call("next_eta", {"after": after}),
+            Call("settle_canvases", {"ids": self._unsettled}),
+            Call("rescue_jobs", self._rescue_parameters()),
+            Call("drain_notify_queue"),
+            Call("list_heartbeats"),
+            Call("beat_heart", self._heartbeat_parameters()),
+        ]
+        if self._discover is not None:
+            self._about_to_discover(now)
+            calls.insert(2, Call("find_queues", {"known": sorted(self._queues())}))
+        rows: list[list[Row]] | None = None
+        try:
+            rows = await self._together("beat", now, calls)
+        finally:
+            if rows is None:
+                self._promotion.at = self._discovery.at = now
+        if rows is None:
+            return
+        answers = {call.name: answer for call, answer in zip(calls, rows, strict=True)}
+        # First what is only noted down, then what may fail.
+        beaten = bool(answers["beat_heart"])
+        self._beaten(now, beaten)
+        self._notify_queue_read(now, answers["drain_notify_queue"])
+        if self._discover is not None and self._queues_found(self._discover, answers["find_queues"]):
+            self.look_for_queues()
+        self._unsettled = None
+        self._canvases_settled(now, answers["settle_canvases"])
+        ((rescued, rescued_in, buried),) = answers["rescue_jobs"]
+        if buried:
+            self._canvases.at = now
+        promoted = self._promoted(now, after, sweep, answers["promote_jobs"], answers["next_eta"])
+        if promoted or rescued:
+            self._wake()
+        if not beaten:
+            await self._renew_identity()
+        fenced = await self._fence(answers["list_heartbeats"])
+        if rescued or buried:
+            await self._tell_rescued(rescued, rescued_in, buried)
+        if promoted:
+            await self.became_ready(answers["promote_jobs"][0][1])
+        if fenced or rescued + buried >= RESCUE_BATCH:
+            await self.rescue()
+
+    async def _together(self, what: str, now: float, calls: Sequence[Call]) -> list[list[Row]] | None:
+        """Their answers in one transaction; None if the database refuses one of them, or did lately."""
+        if now < self._apart_until.get(what, now):
+            return None
+        config = self._config
+        # All of them take less than what is left of a lease after a heartbeat: then this one comes in time.
+        most = f"{max((config.lease - config.heartbeat) / 2 / len(calls), 0.001) * 1000:.0f}ms"
+        timeouts = Call("set_timeouts", {"statement_timeout": most, "lock_timeout": most})
+        try:
+            (answers,) = await self._link.run([timeouts, *calls])
+        except GroupFailed as error:
+            log.debug("maintenance_apart what=%s seconds=%g error=%s", what, APART, error)
+            self._apart_until[what] = now + APART
+            return None
+        return answers[1:]
 
     async def beat(self, now: float) -> None:
         """Heartbeat, then fence the silent and rescue what they held."""
+        self._about_to_beat(now)
+        answers = await self._link.run(
+            [Call("beat_heart", self._heartbeat_parameters())], [Call("list_heartbeats")]
+        )
+        beaten = bool(answers[0][0])
+        self._beaten(now, beaten)
+        if not beaten:
+            await self._renew_identity()
+        await self._fence(answers[1][0])
+        await self.rescue()
+
+    def _about_to_beat(self, now: float) -> None:
         failpoint("heartbeat_before")
         self._last_running = self._work.running_for(RUNNING_AFTER, now)
         self._last_progress = self._work.progress()
-        answers = await self._link.run([self._heartbeat_call()], [Call("list_heartbeats")])
+
+    def _beaten(self, now: float, counts: bool) -> None:
         self._heartbeat.at = now + self._config.heartbeat
         self.last_beat = now
-        if answers[0][0]:
+        if counts:
             self._prove(now)
-        else:
-            await self._renew_identity()
-        for worker, counter in self._watch.observe(answers[1][0], clock()):
+
+    async def _fence(self, heartbeats: Iterable[tuple[str, int]]) -> bool:
+        """Fence whoever has been silent for too long; returns whether there was anybody."""
+        fenced = False
+        for worker, counter in self._watch.observe(heartbeats, clock()):
             if await self._link.call("fence_worker", worker=worker, heartbeat=counter):
                 log.warning("worker_fenced id=%s heartbeat=%d", worker, counter)
-        await self.rescue()
+                fenced = True
+        return fenced
 
     def _prove(self, sent: float) -> None:
         """A heartbeat sent at that time has counted: others take our jobs a lease after they have seen it at
@@ -316,28 +427,33 @@ class Maintenance:
 
     async def rescue(self) -> int:
         """Take back every running job whose worker is fenced or missing; returns how many."""
-        tasks = self._work.tasks
-        letters = {name: facts.dead_letter_queue for name, facts in tasks.items() if facts.dead_letter_queue}
-        crashes = {name: facts.max_crashes for name, facts in tasks.items() if facts.max_crashes}
-        once = [name for name, facts in tasks.items() if facts.runs_once]
+        parameters = self._rescue_parameters()
         total = 0
         while True:
-            ((rescued, queues, buried),) = await self._link.call(
-                "rescue_jobs",
-                batch=RESCUE_BATCH,
-                max_crashes=self._config.max_crashes,
-                max_rescues=MAX_RESCUES,
-                dead_letter_queues=json.dumps(letters),
-                task_max_crashes=json.dumps(crashes),
-                once=once,
-            )
+            ((rescued, queues, buried),) = await self._link.call("rescue_jobs", **parameters)
             if rescued or buried:
-                log.warning("jobs_rescued count=%d buried=%d", rescued, buried)
-                await self.became_ready(queues)
+                await self._tell_rescued(rescued, queues, buried)
             taken = int(rescued + buried)
             total += taken
             if taken < RESCUE_BATCH:
                 return total
+
+    def _rescue_parameters(self) -> dict[str, object]:
+        tasks = self._work.tasks
+        letters = {name: facts.dead_letter_queue for name, facts in tasks.items() if facts.dead_letter_queue}
+        crashes = {name: facts.max_crashes for name, facts in tasks.items() if facts.max_crashes}
+        return {
+            "batch": RESCUE_BATCH,
+            "max_crashes": self._config.max_crashes,
+            "max_rescues": MAX_RESCUES,
+            "dead_letter_queues": json.dumps(letters),
+            "task_max_crashes": json.dumps(crashes),
+            "once": [name for name, facts in tasks.items() if facts.runs_once],
+        }
+
+    async def _tell_rescued(self, rescued: int, queues: list[str], buried: int) -> None:
+        log.warning("jobs_rescued count=%d buried=%d", rescued, buried)
+        await self.became_ready(queues)
 
     async def settle_canvases(self, now: float) -> None:
         """Pass on ends that nobody has passed on: of jobs that were cancelled, deleted or rescued, or whose
@@ -346,11 +462,16 @@ class Maintenance:
         self._canvases.at = now + self._config.heartbeat
         ids, self._unsettled = self._unsettled, None
         try:
-            ((released, left_over, more),) = await self._link.call("settle_canvases", ids=ids)
+            rows = await self._link.call("settle_canvases", ids=ids)
         except GroupFailed as error:
             if error.sqlstate != _NOT_THERE:
                 log.warning("canvas_not_settled nodes=all error=%s", error)
             return
+        self._canvases_settled(now, rows)
+
+    def _canvases_settled(self, now: float, rows: list[Row]) -> None:
+        ((released, left_over, more),) = rows
+        self._canvases.at = now + self._config.heartbeat
         if released:
             self._wake()
         # A step at a time: heartbeats come in between.
@@ -367,11 +488,7 @@ class Maintenance:
 
     async def promote(self, now: float) -> int:
         """Make due jobs ready; returns how many."""
-        self._last_promotion = now
-        sweep = now >= self._promotion_sweep.at
-        after = float("-inf") if sweep else self._etas.trailer
-        # Whoever asks from here on may mean a job that this look does not see.
-        self._promotion.at = float("inf")
+        after, sweep = self._about_to_promote(now)
         try:
             answers = await self._link.run(
                 [Call("promote_jobs", {"after": after, "now": None, "batch": PROMOTE_BATCH})],
@@ -380,75 +497,110 @@ class Maintenance:
         except BaseException:
             self._promotion.at = now
             raise
-        promoted, queues, last_eta, xmin, xmax = answers[0][0][0]
+        (due,), (following,) = answers
+        promoted = self._promoted(now, after, sweep, due, following)
+        if promoted:  # last: a notification that is refused must not cost the next look
+            await self.became_ready(due[0][1])
+        return promoted
+
+    def _about_to_promote(self, now: float) -> tuple[float, bool]:
+        """The eta to look from, and whether that is the very first."""
+        self._last_promotion = now
+        # Whoever asks from here on may mean a job that this look does not see.
+        self._promotion.at = float("inf")
+        sweep = now >= self._promotion_sweep.at
+        return float("-inf") if sweep else self._etas.trailer, sweep
+
+    def _promoted(self, now: float, after: float, sweep: bool, due: list[Row], following: list[Row]) -> int:
+        promoted, _queues, last_eta, xmin, xmax = due[0]
         if promoted:
             self._etas.lead(last_eta, xmax)
         if promoted < PROMOTE_BATCH:
             self._etas.covered(after, float("inf"), xmin)
             if sweep:
                 self._promotion_sweep.at = now + PROMOTE_SWEEP
-        seconds = answers[1][0][0][0] if answers[1][0] else None
+        seconds = following[0][0] if following else None
         done = clock()
         self._next_due = None if seconds is None else done + max(seconds, 0.0)
-        patience = RENEW if self._asleep() else PROMOTE_INTERVAL
+        patience = IDLE_INTERVAL if self._asleep() else PROMOTE_INTERVAL
         self._promotion.pull(
             min(done + patience, self._next_due if self._next_due is not None else float("inf"))
         )
         if promoted >= PROMOTE_BATCH:
             self._promotion.pull(done)
-        if promoted:  # last: a notification that is refused must not cost the next look
-            await self.became_ready(queues)
         return int(promoted)
 
-    async def find_queues(self, discover: Callable[[str], None]) -> None:
+    async def find_queues(self, discover: Callable[[str], None], now: float) -> None:
         """Hand queues that have appeared to `discover`."""
-        while True:
-            found = await self._link.call("find_queues", known=sorted(self._queues()))
-            for (queue,) in found:
-                log.info("queue_found queue=%s", queue)
-                discover(queue)
-            if not found:
-                return
+        self._about_to_discover(now)
+        found = True
+        while found:
+            rows = await self._link.call("find_queues", known=sorted(self._queues()))
+            found = self._queues_found(discover, rows)
+
+    def _about_to_discover(self, now: float) -> None:
+        is_told = self._asleep() and self._told_of_queues()
+        self._last_discovery = now
+        self._discovery.at = now + (IDLE_INTERVAL if is_told else DISCOVER_INTERVAL)
+
+    @staticmethod
+    def _queues_found(discover: Callable[[str], None], rows: list[Row]) -> bool:
+        for (queue,) in rows:
+            log.info("queue_found queue=%s", queue)
+            discover(queue)
+        return bool(rows)
+
+    def _notify_queue_read(self, now: float, rows: list[Row]) -> None:
+        self._notify_queue.at = now + NOTIFY_QUEUE_INTERVAL
+        ((usage,),) = rows
+        if usage > 0.5:
+            log.warning("notify_queue_filling usage=%.2f", usage)
 
     async def keep_house(self, now: float) -> None:
         """Partitions, retention, the rows of workers long gone; what fails does not stop the rest."""
         config = self._config
-        if now >= self._partitions.at and await self._tidy("make_partitions") is not None:
+        if now >= self._partitions.at and await self._tidy(Call("make_partitions")) is not None:
             self._partitions.at = now + PARTITIONS_INTERVAL
-        await self._tidy(
-            "drop_partitions",
-            finished_days=config.retention_finished,
-            failures_days=config.retention_failures,
-        )
-        await self._tidy("delete_fenced_workers")
-        await self._tidy("prune_dead_letters_by_rules", days=config.retention_dead_letters)
-        await self._tidy("prune_audit_log", days=config.retention_audit)
-        await self._tidy(
-            "prune_canvases",
-            finished_days=config.retention_finished,
-            dead_letters_days=config.retention_dead_letters,
-        )
-
-    async def walk_history(self, now: float) -> None:
-        """A step over a day of history of which only some rows are past their retention, if there is one."""
-        config = self._config
-        self._walk.at = now + HOUSEKEEPING_INTERVAL * self._random.uniform(0.9, 1.1)
-        for what, days in (("finished", config.retention_finished), ("failures", config.retention_failures)):
-            if await self._tidy("prune_history", what=what, days=days):
+        ages = {"finished_days": config.retention_finished}
+        acts = [
+            Call("delete_fenced_workers"),
+            Call("prune_dead_letters_by_rules", {"days": config.retention_dead_letters}),
+            Call("prune_audit_log", {"days": config.retention_audit}),
+            Call("prune_canvases", {**ages, "dead_letters_days": config.retention_dead_letters}),
+            *([] if self._walk.at < float("inf") else self._steps()),
+            # Last, because it locks whole tables when there is something to drop.
+            Call("drop_partitions", {**ages, "failures_days": config.retention_failures}),
+        ]
+        answers: list[list[Row] | None] = list(await self._together("house", now, acts) or [])
+        if not answers:
+            answers = [await self._tidy(act) for act in acts]
+        for act, rows in zip(acts, answers, strict=True):
+            if rows is not None:
+                log.debug("housekeeping act=%s rows=%d", act.name, len(rows))
+            if rows and act.name == "prune_history":
                 self._walk.at = clock() + WALK_PAUSE
 
-    async def _tidy(self, name: str, **parameters: object) -> int | None:
-        """Run one statement of housekeeping; how many rows it answered, None if the database refused it."""
+    async def walk_history(self) -> None:
+        """The next step over a day of history of which only some rows are past their retention. It may end
+        with a lock on the whole day, so each is on its own.
+        """
+        more = [await self._tidy(step) for step in self._steps()]
+        self._walk.at = clock() + WALK_PAUSE if any(more) else float("inf")
+
+    def _steps(self) -> list[Call]:
+        ages = {"failures": self._config.retention_failures, "finished": self._config.retention_finished}
+        return [Call("prune_history", {"what": what, "days": days}) for what, days in ages.items()]
+
+    async def _tidy(self, act: Call) -> list[Row] | None:
+        """Run one statement of housekeeping; its answer, None if the database refused it."""
         try:
-            rows = await self._link.call(name, **parameters)
+            return (await self._link.run([act]))[0][0]
         except GroupFailed as error:
             if error.sqlstate != _NOT_THERE:
-                log.warning("housekeeping_failed act=%s error=%s", name, error)
-            elif name in _OLDER:
-                return await self._tidy(_OLDER[name], **parameters)
+                log.warning("housekeeping_failed act=%s error=%s", act.name, error)
+            elif act.name in _OLDER:
+                return await self._tidy(Call(_OLDER[act.name], act.parameters))
             return None
-        log.debug("housekeeping act=%s rows=%d", name, len(rows))
-        return len(rows)
 
     async def became_ready(self, queues: list[str]) -> None:
         """Jobs have become ready without an enqueue: tell ourselves, and whoever sleeps."""
@@ -465,21 +617,18 @@ class Maintenance:
         running = self._work.running_for(RUNNING_AFTER, now)
         return running != self._last_running or self._work.progress() != self._last_progress
 
-    def _heartbeat_call(self) -> Call:
+    def _heartbeat_parameters(self) -> dict[str, object]:
         progress = {id: [each.done, each.total, each.note] for id, each in self._last_progress.items()}
         stats = {
             **({"progress": progress} if progress else {}),
             **self._work.counts(),
             **self._health(),
         }
-        return Call(
-            "beat_heart",
-            {
-                "worker": self._identity.id,
-                "running": "{" + ",".join(self._last_running) + "}",
-                "stats": json.dumps(stats),
-            },
-        )
+        return {
+            "worker": self._identity.id,
+            "running": "{" + ",".join(self._last_running) + "}",
+            "stats": json.dumps(stats),
+        }
 
     async def _renew_identity(self) -> None:
         """This worker was fenced: its old claims are others' now, its next ones need a fresh name."""

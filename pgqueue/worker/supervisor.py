@@ -33,7 +33,7 @@ from pgqueue.database.link import QUERY_CANCELED, Call, GroupFailed, Link, Row
 from pgqueue.database.listener import Listener
 from pgqueue.database.migrate import require_revision
 from pgqueue.errors import ConfigError, DatabaseUnavailable, PgQueueError, SchemaMismatch
-from pgqueue.worker.claimer import Claimer, TaskFilter
+from pgqueue.worker.claimer import EVERY_QUEUE, Claimer, TaskFilter
 from pgqueue.worker.crew import RESTART_FIRST, Crew
 from pgqueue.worker.dispatcher import STALL, Dispatcher, Executor, Slot
 from pgqueue.worker.health import Health, HealthService
@@ -51,6 +51,8 @@ log = logging.getLogger("pgqueue.worker")
 
 START_PATIENCE = 60.0
 """Seconds a starting worker waits for the database."""
+TOLD_OF_QUEUES_SINCE = "0013"
+"""The revision from which on the first job in a new queue is notified."""
 DESCRIBED_SINCE = "0008"
 """The revision from which on a worker's row says what it knows."""
 PAYLOAD_TIMEOUTS = 3
@@ -146,6 +148,7 @@ class Supervisor:
             health=lambda: self._health.published(),
             proven=processes.prove,
             cancel=self._cancel,
+            told_of_queues=lambda: self._revision >= TOLD_OF_QUEUES_SINCE,
             random=self._random,
         )
         self._scheduler = Scheduler(
@@ -188,6 +191,7 @@ class Supervisor:
             poll_interval=config.poll_every(hears=False),
             random=self._random,
             tasks=tasks,
+            everything=self._everything,
         )
         return Pool(name, size, dispatcher, Crew(self._processes, dispatcher, name, size), lanes, claimer)
 
@@ -345,6 +349,7 @@ class Supervisor:
         """Notifications reach this worker from now on, or do not."""
         for pool in self._pools:
             pool.claimer.hear(hears, self._config.poll_every(hears=hears))
+        self._maintenance.look_for_due_jobs()
         self._scheduler.wake()  # what was notified meanwhile is missed
 
     def _serve(self, queue: str) -> None:
@@ -352,8 +357,11 @@ class Supervisor:
         for pool in self._pools:
             pool.claimer.serve(queue)
 
-    def _on_notify(self, _queue: str) -> None:
-        self._pools.wake()
+    def _on_notify(self, queue: str) -> None:
+        if self._everything and queue not in self._pools.own.lanes:
+            self._maintenance.look_for_queues()
+        if queue != EVERY_QUEUE:
+            self._pools.wake()
         self._maintenance.look_for_due_jobs(AFTER_THE_CLAIM)
 
     def _on_control(self, what: str) -> None:

@@ -22,7 +22,7 @@ from tests.acceptance.workers import Jobs, Ledger, Row, Workers, eventually
 
 SLEEPY = ("-c", "1", "--poll-interval", "60")
 SOON = 2.0
-"""Seconds: less than the three between two looks, and hundreds of times what a notification takes."""
+"""Seconds: less than the four to five between two looks, and hundreds of times what a notification takes."""
 
 
 def hint(jobs: Jobs, queue: str = "default") -> datetime | None:
@@ -37,7 +37,7 @@ def armed(jobs: Jobs, queue: str = "default") -> bool:
 
 
 def just_looked(jobs: Jobs) -> None:
-    """Until the worker has just renewed its hint: its next look of its own is three seconds away."""
+    """Until the worker has just renewed its hint: its next look of its own is over four seconds away."""
     before = eventually(lambda: hint(jobs), "a worker asks to be woken")
     eventually(lambda: hint(jobs) != before, "it asks again")
 
@@ -185,6 +185,20 @@ class TestListening:
         workers.start(*SLEEPY, all_queues=True)
         jobs.finished(jobs.add("echo", 1, queue="found"))
         eventually(lambda: armed(jobs, "found"), "it asks to be woken for the new queue")
+
+
+def test_the_first_job_in_a_new_queue_starts_at_once(jobs: Jobs, workers: Workers) -> None:
+    # It looks for new queues by itself every six seconds, so four in a row are no accident.
+    workers.start(*SLEEPY, "--heartbeat", "60", "--lease", "600", all_queues=True)
+    eventually(lambda: armed(jobs, "*"), "it asks to be woken for queues that nobody knows")
+    for number in range(4):
+        if number:
+            eventually(lambda: armed(jobs, f"new-{number - 1}"), "it sleeps again")  # noqa: B023
+        add = jobs.add("echo", number, queue=f"new-{number}")
+        assert waited(jobs.finished(add)) < SOON
+    due = jobs.add("echo", "later", queue="new-and-later", countdown=1.0)
+    row = jobs.finished(due)
+    assert waited(row, row["eta"]) < SOON
 
 
 class TestHint:

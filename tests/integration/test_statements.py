@@ -1284,6 +1284,42 @@ def test_a_scheduled_job_wakes_only_those_who_know_of_nothing_earlier(
     assert heard(connection) == ["mail"]
 
 
+@ENQUEUE
+def test_who_sleeps_on_every_queue_is_notified_of_one_that_nobody_sleeps_on(
+    connection: Connection, heard: Callable[[Connection], list[str]], put: Callable[..., None]
+) -> None:
+    do(connection, "arm_wake", queues=["*", "mail", "busy"], next_eta=60.0)
+    do(connection, "disarm_wake", queues=["busy"])
+    put(connection)
+    assert heard(connection) == ["mail"], "who sleeps on it knows it"
+    put(connection, "busy")
+    assert heard(connection) == [], "who keeps up with it polls"
+    put(connection, "new")
+    assert heard(connection) == ["*"]
+    put(connection, "new", eta_in=30.0)
+    assert heard(connection) == ["*"]
+    put(connection, "new", eta_in=90.0)
+    assert heard(connection) == []
+    connection.execute("update pgqueue.wake set wake_until = clock_timestamp() where queue = 'mail'")
+    put(connection)
+    assert heard(connection) == ["*"], "who slept on it is gone, or has its hands full"
+    connection.execute("update pgqueue.wake set wake_until = clock_timestamp() where queue = '*'")
+    put(connection)
+    put(connection, "new")
+    assert heard(connection) == []
+
+
+def test_many_new_queues_make_one_notification(
+    connection: Connection, heard: Callable[[Connection], list[str]]
+) -> None:
+    do(connection, "arm_wake", queues=["*", "mail"], next_eta=None)
+    names = ["mail", "x" * 10_000, "", *(f"new-{number}" for number in range(1000))]
+    do(connection, "wake_workers", queues=names, eta=None)
+    assert sorted(heard(connection)) == ["*", "mail"]
+    do(connection, "wake_workers", queues=[], eta=None)
+    assert heard(connection) == []
+
+
 def test_wake_workers_tells_only_who_sleeps(
     connection: Connection, heard: Callable[[Connection], list[str]]
 ) -> None:

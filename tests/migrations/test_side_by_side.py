@@ -378,6 +378,32 @@ class TestWhoMayWorkOnWhat:
         assert release.run(fresh_dsn, "inspect", "queues")[0] == 0
 
 
+class TestNewQueues:
+    @pytest.mark.parametrize("revision", [FIRST, "0011"])
+    def test_who_serves_every_queue_finds_new_ones_before_they_are_notified(
+        self, fresh_dsn: str, tmp_path: Path, revision: str
+    ) -> None:
+        migrate.upgrade(fresh_dsn, revision=revision)
+        with closing(Jobs(fresh_dsn)) as jobs, Workers(fresh_dsn, tmp_path) as workers:
+            # With the heartbeat it would find them once a minute.
+            flags = ("-c", "1", "--heartbeat", "60", "--lease", "600", "--poll-interval", "60")
+            worker = workers.start(*flags, all_queues=True)
+            asked = (
+                "select true as yes from pgqueue.wake where queue = '*' and wake_until > clock_timestamp()"
+            )
+            eventually(lambda: jobs.sql(asked), "it sleeps")
+            waits = []
+            for number in range(4):
+                row = jobs.finished(jobs.add("echo", number, queue=f"new-{number}"))
+                waits.append((row["claimed_at"] - row["enqueued_at"]).total_seconds())
+            # The four in six seconds each, if it relied on being told.
+            assert sum(waits) < 8
+            migrate.upgrade(fresh_dsn)
+            assert jobs.finished(jobs.add("echo", 1, queue="newer"))["result"] == 1
+            assert worker.stop() == 0
+            assert "Traceback" not in worker.log
+
+
 class TestAtWork:
     @pytest.mark.slow
     def test_up_and_down_under_load(self, fresh_dsn: str, tmp_path: Path) -> None:
