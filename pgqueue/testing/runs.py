@@ -107,6 +107,7 @@ class Patience:
     def __init__(self, session: Session, worker: str) -> None:
         self._session = session
         self._worker = worker
+        self.job = ""
 
     def enter(self, number: int) -> None:
         """Nothing will be raised in it."""
@@ -131,7 +132,7 @@ class Patience:
     def is_cancelled(self) -> bool:
         """Somebody wants the job that runs cancelled."""
         with self._session.transaction():
-            return bool(self._session.run("find_cancelled", worker=self._worker))
+            return bool(self._session.run("find_cancelled", ids=[self.job], worker=self._worker))
 
 
 class _Body(Body):
@@ -218,6 +219,7 @@ class Bench:
         if claimed.args is None and not self._load(job):
             return self._settled(claimed, None)
         self._claimed = claimed
+        self._control.job = claimed.id
         self._slot.board.start(job.number)
         self.body.forget()
         return job

@@ -69,8 +69,10 @@ PASSING_COST = 10
 EVERY_QUEUE = "*"
 """What no queue is called: the hint of a worker that serves every queue, for those that it does not know."""
 STRAYS_INTERVAL = 30.0
+STRAYS_MOST = 900.0
 """Seconds between looks for jobs that run under our name without our knowing. A claim whose answer was lost
-may be committed long after we have a new connection: its process was frozen, or waited for a standby."""
+may be committed long after we have a new connection: its process was frozen, or waited for a standby. Each
+pause is twice the last: the look walks over what is left in the index of every job this worker has run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,7 @@ class Claimer:
         self._first_outcome: float | None = None
         self._opened = 0
         self._strays_at = 0.0
+        self._strays_pause = STRAYS_INTERVAL
         self._looking = False
         self._wake_now = False
         self._pause = FIRST_PAUSE
@@ -305,6 +308,7 @@ class Claimer:
 
     async def _reconcile(self) -> None:
         """On a new connection: adopt what runs under our name without our knowing, and sweep."""
+        self._strays_pause = STRAYS_INTERVAL
         await self._adopt_strays()
         self._opened = self._link.opened
         self._armed_at = None
@@ -312,9 +316,17 @@ class Claimer:
         self._lanes.forget_sweeps()
 
     async def _adopt_strays(self) -> None:
-        self._strays_at = clock() + STRAYS_INTERVAL
+        """Where the look takes too long, it waits for the next time, and the claims go on."""
+        self._strays_at = clock() + self._strays_pause
+        # What was set aside is not to wait longer each time.
+        self._strays_pause = STRAYS_INTERVAL if self._aside else min(2 * self._strays_pause, STRAYS_MOST)
         self._try_aside_again()
-        self._tell_adopted(await self._adopt(self._identity.id))
+        try:
+            self._tell_adopted(await self._adopt(self._identity.id))
+        except GroupFailed as error:
+            if error.sqlstate != QUERY_CANCELED:
+                raise
+            log.warning("claim_not_reconciled error=%s", error)
 
     @staticmethod
     def _tell_adopted(jobs: int) -> None:

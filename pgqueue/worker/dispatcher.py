@@ -232,8 +232,12 @@ class Dispatcher:
     @property
     def holds(self) -> set[str]:
         """Ids of all jobs claimed and not acked yet."""
+        return self.in_hand | {outcome.id for outcome in self.outcomes}
+
+    @property
+    def in_hand(self) -> set[str]:
+        """Ids of the jobs that wait here or that executors have."""
         ids = {job.id for job in self._waiting}
-        ids.update(outcome.id for outcome in self.outcomes)
         for slot in self.slots:
             ids.update(job.id for job in slot.in_flight.values())
         return ids

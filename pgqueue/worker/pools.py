@@ -107,6 +107,10 @@ class Pools:
         for pool in self._pools:
             pool.dispatcher.tasks = tasks
 
+    def in_hand(self) -> set[str]:
+        """Ids of the jobs that wait here or that executors have."""
+        return {job for pool in self._pools for job in pool.dispatcher.in_hand}
+
     def running_for(self, seconds: float, now: float) -> list[str]:
         """Ids of the jobs known to have been running for so long."""
         return [job for pool in self._pools for job in pool.dispatcher.running_for(seconds, now)]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 from collections.abc import Awaitable, Callable
 from contextlib import closing
+from itertools import pairwise
 from random import Random
 
 import psycopg
 import pytest
 
-from pgqueue.database.link import Link, Row
+from pgqueue.database.link import QUERY_CANCELED, GroupFailed, Link, Row
 from pgqueue.database.store import Outcome
 from pgqueue.job import ClaimedJob
-from pgqueue.worker.claimer import Claimer
-from pgqueue.worker.dispatcher import Dispatcher
+from pgqueue.worker.claimer import STRAYS_INTERVAL, STRAYS_MOST, Claimer
+from pgqueue.worker.dispatcher import Dispatcher, Executor, Slot
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes
+from pgqueue.worker.wire import Board
 
 Scene = Callable[[Claimer, Dispatcher, Link, str], Awaitable[None]]
 
@@ -97,5 +100,62 @@ def test_a_run_that_ends_by_itself_while_the_answer_is_on_its_way(
         claimer.wake()
         await claimer.run_once()
         assert dispatcher.waiting == 0
+
+    play(db, 1, scene)
+
+
+def test_a_look_that_takes_too_long_does_not_hold_up_the_claims(
+    db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old snapshots keep an index entry of every job that ran under this name: the look may never end."""
+
+    async def scene(claimer: Claimer, dispatcher: Dispatcher, link: Link, job: str) -> None:
+        ask = link.call
+
+        async def cancelled(name: str, **parameters: object) -> list[Row]:
+            if name == "list_claimed":
+                raise GroupFailed("57014: canceling statement", sqlstate=QUERY_CANCELED, group=0, rows=[])
+            return await ask(name, **parameters)
+
+        with closing(psycopg.connect(db, autocommit=True)) as connection:
+            connection.execute("INSERT INTO pgqueue.jobs (id, task) VALUES (pgqueue.uuid7(), 't')")
+        facts = Executor(0, pool="solo", ready=True)
+        facts.slots.append(Slot(facts, 0, Board(mmap.mmap(-1, Board.SIZE))))
+        dispatcher.executors[0] = facts
+        claimer.draining = False
+        monkeypatch.setattr(link, "call", cancelled)
+        await claimer.run_once()
+        assert dispatcher.waiting == 1
+
+    play(db, 1, scene)
+
+
+def test_looks_for_strays_become_rare_until_the_connection_is_lost(
+    db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(claimer: Claimer, dispatcher: Dispatcher, link: Link, job: str) -> None:
+        now, looks = 0.0, []
+        ask = link.call
+
+        async def noting(name: str, **parameters: object) -> list[Row]:
+            if name == "list_claimed":
+                looks.append(now)
+            return await ask(name, **parameters)
+
+        monkeypatch.setattr(link, "call", noting)
+        monkeypatch.setattr("pgqueue.worker.claimer.clock", lambda: now)
+        for minute in range(120):
+            now = 60.0 * minute
+            claimer.wake()
+            await claimer.run_once()
+        assert len(looks) < 15
+        assert max(later - earlier for earlier, later in pairwise(looks)) <= STRAYS_MOST + 60
+        before = len(looks)
+        await link.close()
+        for _ in range(2):
+            now += STRAYS_INTERVAL
+            claimer.wake()
+            await claimer.run_once()
+        assert len(looks) == before + 2
 
     play(db, 1, scene)

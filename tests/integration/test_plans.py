@@ -128,7 +128,7 @@ HOT = {
         {"jobs_running": ("worker_id",), **BY_ID},
     ),
     "list_claimed": Hot({"worker": ME}, {"jobs_running": ("worker_id =",)}),
-    "find_cancelled": Hot({"worker": ME}, {"jobs_running": ("worker_id =",)}),
+    "find_cancelled": Hot({"ids": ID_LIST, "worker": ME}, BY_ID),
     "delete_worker": Hot({"worker": ME}, {"jobs_running": ("worker_id =",)}),
     "delete_fenced_workers": Hot({}, {"jobs_running": ("worker_id =",)}),
     "find_job": Hot({"id": IDS[0]}, BY_ID),
@@ -400,6 +400,20 @@ def test_rescue_does_not_walk_over_what_live_workers_are_running(bloating: psyco
     assert buffers(plan, "jobs_running") < 100
 
 
+def test_looking_for_cancelled_jobs_does_not_walk_over_what_the_worker_has_run(
+    bloating: psycopg.Connection,
+) -> None:
+    bloating.execute(RUNNING.format(worker=ME, count=20_000).encode())
+    bloating.execute("delete from pgqueue.jobs where id > %s", [IDS[9]])
+    bloating.execute("update pgqueue.jobs set cancel_requested_at = now() where id = any(%s)", [IDS[:3]])
+
+    plan = analyzed(bloating, "find_cancelled", worker=ME, ids=IDS[:10])
+
+    scans = {node["Index Name"] for node in nodes(plan) if reads_jobs(node)}
+    assert rows(plan, *scans) == 3
+    assert buffers(plan, *scans) < 100
+
+
 def test_looking_for_new_queues_does_not_walk_over_those_that_are_known(bloating: psycopg.Connection) -> None:
     bloating.execute(ONE_LANE.format(count=20_000).encode())
     bloating.execute("delete from pgqueue.jobs where position % 2 = 0")
@@ -444,14 +458,14 @@ def analyzed(connection: psycopg.Connection, name: str, **parameters: Any) -> Pl
     return plan
 
 
-def buffers(plan: Plan, index: str) -> int:
-    """Pages that scans by this index touched, of the index and of the table."""
-    scans = [node for node in nodes(plan) if node.get("Index Name") == index]
+def buffers(plan: Plan, *indexes: str) -> int:
+    """Pages that scans by these indexes touched, of the index and of the table."""
+    scans = [node for node in nodes(plan) if node.get("Index Name") in indexes]
     assert scans
     return sum(node["Shared Hit Blocks"] + node["Shared Read Blocks"] for node in scans)
 
 
-def rows(plan: Plan, index: str) -> int:
-    """Rows that scans by this index found."""
-    scans = [node for node in nodes(plan) if node.get("Index Name") == index]
+def rows(plan: Plan, *indexes: str) -> int:
+    """Rows that scans by these indexes found."""
+    scans = [node for node in nodes(plan) if node.get("Index Name") in indexes]
     return sum(round(node["Actual Rows"] * node["Actual Loops"]) for node in scans)

@@ -1,3 +1,4 @@
--- The jobs that run under a worker's name and that somebody wants cancelled. Index: jobs_running. Locks nothing.
+-- Which of these jobs run under a worker's name and are to be cancelled. Index: jobs_pkey; by jobs_running it would walk
+-- over every job that this worker has run, as long as an old snapshot keeps their entries. Locks nothing.
 SELECT id::text AS id, attempt FROM {schema}.jobs
-WHERE state = 'running' AND worker_id = %(worker)s::text AND cancel_requested_at IS NOT NULL
+WHERE id = ANY (%(ids)s::uuid[]) AND state || '' = 'running' AND worker_id = %(worker)s::text AND cancel_requested_at IS NOT NULL
