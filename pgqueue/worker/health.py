@@ -40,8 +40,9 @@ log = logging.getLogger("pgqueue.worker")
 CLAIM_PATIENCE: Final = 30.0
 """Seconds for which a claim may be due. More than it takes to give up a silent server (15 s) and to fail to
 reach it again (10 s): an outage must not look like a hang."""
-READY_PATIENCE: Final = 10.0
-"""Seconds for which a claim may be due in a worker that calls itself ready."""
+READY_PATIENCE: Final = 12.0
+"""Seconds for which a claim may be due in a worker that calls itself ready. An idle one looks every five: one
+look may be missing."""
 BEAT_PATIENCE: Final = 60.0
 """Seconds without a heartbeat, or two leases if that is more. Housekeeping may take 30 s a statement."""
 OUTAGE_PATIENCE: Final = 300.0
