@@ -24,11 +24,15 @@ MiB."""
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A claim's answer: the jobs in no particular order, and the horizon of the snapshot that found them."""
+    """A claim's answer: the jobs in no particular order, the horizon of the snapshot that found them, the
+    seconds it took, and the queues that were left out.
+    """
 
     jobs: list[ClaimedJob]
     xmin: int
     xmax: int
+    took: float
+    unseen: list[str]
 
 
 _CLAIM_DECODER = msgspec.json.Decoder(list[ClaimedJob])
@@ -37,11 +41,11 @@ _JOB_DECODER = msgspec.json.Decoder(ClaimedJob)
 
 def decode_claim(rows: list[Row], worker: str) -> Claim:
     """Read the answer of `claim_jobs`; msgspec.DecodeError when the document is not readable."""
-    document, xmin, xmax = rows[0]
+    document, xmin, xmax, took, unseen = rows[0]
     jobs = _CLAIM_DECODER.decode(document)
     for job in jobs:
         job.worker = worker
-    return Claim(jobs, xmin, xmax)
+    return Claim(jobs, xmin, xmax, took, unseen)
 
 
 def decode_claimed(rows: list[Row], worker: str) -> tuple[list[ClaimedJob], list[Outcome]]:

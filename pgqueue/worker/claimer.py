@@ -45,6 +45,7 @@ log = logging.getLogger("pgqueue.worker")
 _POSITION = attrgetter("position")
 _LANE = attrgetter("queue", "priority")
 _PLACE = attrgetter("queue", "priority", "position")
+_SWEEP_TIMEOUTS = Call("set_timeouts", {"statement_timeout": "1s", "lock_timeout": "1s"})
 
 FLUSH_AFTER = 0.005
 FIRST_PAUSE = 0.002
@@ -157,6 +158,8 @@ class Claimer:
         self._wake_now = False
         self._pause = FIRST_PAUSE
         self._look_again_at = 0.0
+        self._poll_at = 0.0
+        self._early = False
         self._armed_at: float | None = None
         self._disarmed_at = float("-inf")
         self._finds: deque[tuple[float, int]] = deque()
@@ -199,8 +202,10 @@ class Claimer:
         self._armed_at = None
         self.wake()
 
-    def wake(self) -> None:
-        """Look for jobs now: somebody said there are some."""
+    def wake(self, queue: str | None = None) -> None:
+        """Look for jobs now: somebody said there are some, in this queue."""
+        if queue is not None:
+            self._lanes.first(queue)
         self._wake_now = True
         self._event.set()
 
@@ -240,6 +245,9 @@ class Claimer:
             await self._reconcile()
         elif now >= self._strays_at and not (claim and self._has_nothing):
             await self._adopt_strays()
+        if claim and not (self._looking and self._lanes.sweeps_along(now)):
+            await self._sweep(wanted, now)
+            wanted = self._dispatcher.wanted()
         await self._round(wanted if claim else 0, now)
 
     async def flush(self) -> None:
@@ -392,6 +400,10 @@ class Claimer:
                     self._armed_at = None  # each on its own next time
                 if acks:
                     self._acked(batch, acks, error.rows[0])
+                if plan is not None and error.sqlstate == QUERY_CANCELED:
+                    # Perhaps there is too much to walk over, and always will be.
+                    ((position, xid),) = await self._link.call("last_position")
+                    self._lanes.go_in_steps(position, xid)
                 raise
             await self._split(batch, error)
             return
@@ -409,6 +421,25 @@ class Claimer:
                 self._strays_at = clock() + STRAYS_INTERVAL
                 self._tell_adopted(self._take_over(rows.pop(0), worker, held))
             await self._claimed(plan, rows[0], worker, now)
+
+    async def _sweep(self, wanted: int, now: float) -> None:
+        """Look at a stretch of what lies behind the cursors, if it is time for one."""
+        plan = self._lanes.sweep(wanted, now)
+        if plan is None:
+            return
+        worker = self._identity.id
+        parameters = {**plan.parameters(), **self._tasks.parameters(), "worker": worker, "bare": True}
+        try:
+            _, rows = (await self._link.run([_SWEEP_TIMEOUTS, Call("claim_jobs", parameters)]))[0]
+        except GroupFailed as error:
+            if error.sqlstate != QUERY_CANCELED:
+                raise
+            log.debug("sweep_gave_up error=%s", error)
+            self._lanes.sweep_failed(now)
+            return
+        claim = await self._read(plan, rows, worker, now)
+        if claim is not None and claim[0].jobs:
+            self._looking = False
 
     def _settled(self, nodes: list[str], rows: list[Row]) -> None:
         """Forget what has been passed on; what it has released may be ours to claim."""
@@ -446,13 +477,43 @@ class Claimer:
     async def _claimed(self, plan: Plan, rows: list[Row], worker: str, now: float) -> None:
         self.last_claim = now
         self._bare = False
+        read = await self._read(plan, rows, worker, now)
+        if read is None:
+            return
+        claim, more = read
+        if more:
+            self._looking = False
+        elif claim.jobs or not plan.to_the_end or not plan.complete:
+            # Look to the end, with the hint armed, before going to sleep; in a rush let some jobs gather.
+            self._looking = True
+            rest = max(RUSH_PAUSE, self._gathering()) if self._rushing(now) else 0.0
+            self._look_again_at = now + (rest if claim.jobs else max(rest, plan.pause))
+        else:
+            self._found_nothing(now)
+            if self._tasks:
+                # It may have walked over many jobs of other tasks: not all the time.
+                walked = clock() - now
+                self._look_again_at = max(self._look_again_at, clock() + PASSING_COST * walked)
+
+    async def _read(self, plan: Plan, rows: list[Row], worker: str, now: float) -> tuple[Claim, bool] | None:
+        """Take the jobs of an answer in hand; returns it and whether there may be more, None if it was not
+        readable.
+        """
         try:
             claim = decode_claim(rows, worker)
         except (msgspec.DecodeError, RecursionError) as error:
             log.error("claim_undecodable error=%s", error)
             await self._adopt(worker)
-            return
-        more = self._lanes.absorb(plan, list(map(_PLACE, claim.jobs)), claim.xmin, claim.xmax, now)
+            return None
+        more = self._lanes.absorb(
+            plan,
+            list(map(_PLACE, claim.jobs)),
+            claim.xmin,
+            claim.xmax,
+            now,
+            took=claim.took,
+            unseen=claim.unseen,
+        )
         if claim.jobs:
             self._finds.append((now, len(claim.jobs)))
             self._found += len(claim.jobs)
@@ -460,18 +521,7 @@ class Claimer:
             self._take(self._in_order(plan, claim))
             if more and not self._dispatcher.free_slots:
                 self._share(sorted({job.queue for job in claim.jobs}))
-        if more:
-            self._looking = False
-        elif claim.jobs or not plan.to_the_end or not plan.complete:
-            # Look to the end, with the hint armed, before going to sleep; in a rush let some jobs gather.
-            self._looking = True
-            self._look_again_at = now + (max(RUSH_PAUSE, self._gathering()) if self._rushing(now) else 0.0)
-        else:
-            self._found_nothing(now)
-            if self._tasks:
-                # It may have walked over many jobs of other tasks: not all the time.
-                walked = clock() - now
-                self._look_again_at = max(self._look_again_at, clock() + PASSING_COST * walked)
+        return claim, more
 
     def _rushing(self, now: float) -> bool:
         """Whether the last second brought so much work that being woken for each job would cost too much."""
@@ -483,11 +533,18 @@ class Claimer:
         if self._rushing(now):
             self._look_again_at = clock() + max(RUSH_PAUSE, self._gathering())
             return
-        pause = min(self._pause, self._poll_interval * self._random.uniform(0.9, 1.0))
-        self._look_again_at = clock() + pause
-        if self._armed_at is not None:
-            self._look_again_at = min(self._look_again_at, self._armed_at + RENEW)
-        self._pause = min(self._pause * 2, self._poll_interval)
+        if not self._early or clock() >= self._poll_at:
+            pause = min(self._pause, self._poll_interval * self._random.uniform(0.9, 1.0))
+            self._poll_at = clock() + pause
+            if self._armed_at is not None:
+                self._poll_at = min(self._poll_at, self._armed_at + RENEW)
+            self._pause = min(self._pause * 2, self._poll_interval)
+        # A sweep that goes on in between makes the pauses no longer.
+        sweep_at = self._lanes.sweep_at
+        self._early = sweep_at is not None and sweep_at < self._poll_at
+        self._look_again_at = (
+            max(sweep_at, clock()) if sweep_at is not None and self._early else self._poll_at
+        )
 
     @staticmethod
     def _in_order(plan: Plan, claim: Claim) -> list[ClaimedJob]:

@@ -166,10 +166,10 @@ class Pools:
         since = [pool.claimer.failing_since for pool in self._pools]
         return min((at for at in since if at is not None), default=None)
 
-    def wake(self) -> None:
-        """Look for jobs now."""
+    def wake(self, queue: str | None = None) -> None:
+        """Look for jobs now, in this queue first."""
         for pool in self._pools:
-            pool.claimer.wake()
+            pool.claimer.wake(queue)
 
     def poke(self) -> None:
         """Something happened to the jobs in hand."""

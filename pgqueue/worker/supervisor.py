@@ -361,7 +361,7 @@ class Supervisor:
         if self._everything and queue not in self._pools.own.lanes:
             self._maintenance.look_for_queues()
         if queue != EVERY_QUEUE:
-            self._pools.wake()
+            self._pools.wake(queue)
         self._maintenance.look_for_due_jobs(AFTER_THE_CLAIM)
 
     def _on_control(self, what: str) -> None:

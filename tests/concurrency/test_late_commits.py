@@ -20,7 +20,7 @@ from pgqueue.database.link import Link
 from pgqueue.database.store import decode_claim
 from pgqueue.job import ClaimedJob
 from pgqueue.worker.claimer import Claimer
-from pgqueue.worker.lanes import SWEEP_INTERVAL, TRAILING_INTERVAL, Lane, Lanes
+from pgqueue.worker.lanes import SWEEP_INTERVAL, TRAILING_INTERVAL, Lane, Lanes, Plan
 
 WORKER = "late:1:commits"
 BATCH = 100
@@ -46,11 +46,18 @@ class Claims:
     ) -> list[ClaimedJob]:
         """One claim, `step` seconds after the last one: the jobs in the order a worker serves them."""
         self.now += step
-        plan = self.lanes.plan(batch, self.now, to_the_end=to_the_end)
+        jobs: list[ClaimedJob] = []
+        if (sweep := self.lanes.sweep(batch, self.now)) is not None:
+            jobs += await self._ask(sweep)
+        if len(jobs) < batch:
+            jobs += await self._ask(self.lanes.plan(batch - len(jobs), self.now, to_the_end=to_the_end))
+        return jobs
+
+    async def _ask(self, plan: Plan) -> list[ClaimedJob]:
         rows = await self._link.call("claim_jobs", **plan.parameters(), worker=WORKER)
         claim = decode_claim(rows, WORKER)
         found = [(job.queue, job.priority, job.position) for job in claim.jobs]
-        self.lanes.absorb(plan, found, claim.xmin, claim.xmax, self.now)
+        self.lanes.absorb(plan, found, claim.xmin, claim.xmax, self.now, took=claim.took, unseen=claim.unseen)
         return Claimer._in_order(plan, claim)
 
     async def until(self, holds: Callable[[], bool], what: str) -> list[ClaimedJob]:

@@ -10,8 +10,14 @@
 -- claim of its whole lane. Args are printed up to 8 kB a value, so 500 jobs stay under 8 MiB; NULL means
 -- fetch them with load_payload. `bare`: print none, when what takes a few bytes as stored would be a gigabyte (1e131071). Always one row; xmin is of the snapshot that looked. xmax: every transaction that had an id
 -- by then has a smaller one. With rows it is our own id: the snapshot's xmax is only one above the last id that has *ended*,
--- and a writer that began later but took earlier positions may still be open above it.
-WITH taken AS (
+-- and a writer that began later but took earlier positions may still be open above it. took: seconds. unseen: the queues that
+-- were left out: they are paused, or the worker may not claim.
+WITH unseen AS MATERIALIZED (
+    SELECT CASE WHEN (SELECT NOT fenced FROM {schema}.workers WHERE id = %(worker)s::text)
+                THEN ARRAY(SELECT p.queue FROM {schema}.meta m, jsonb_each(to_jsonb(m) -> 'paused') AS p(queue, pause)
+                           WHERE (p.pause ->> 'until')::timestamptz > now() OR p.pause ->> 'until' IS NULL)
+                ELSE %(queues)s::text[] END AS queues
+), taken AS (
     UPDATE {schema}.jobs
     SET state = 'running', attempt = least(attempt + 1, 1000000000), worker_id = %(worker)s::text, claimed_at = now(),
         unique_key = CASE WHEN unique_key IS NOT NULL AND headers #>> '{pgqueue,unique_until}' = 'start' THEN NULL
@@ -27,10 +33,7 @@ WITH taken AS (
                    AND (%(tasks)s::text[] IS NULL OR (task = ANY (%(tasks)s::text[])) <> %(but)s::boolean)
                  ORDER BY position LIMIT lane.most FOR UPDATE SKIP LOCKED
              ) AS found
-        WHERE (SELECT NOT fenced FROM {schema}.workers WHERE id = %(worker)s::text)
-          AND lane.queue <> ALL (ARRAY(
-              SELECT p.queue FROM {schema}.meta m, jsonb_each(to_jsonb(m) -> 'paused') AS p(queue, pause)
-              WHERE (p.pause ->> 'until')::timestamptz > now() OR p.pause ->> 'until' IS NULL))
+        WHERE lane.queue <> ALL ((SELECT queues FROM unseen)::text[])
         LIMIT %(batch)s::integer
     ))
     RETURNING id, queue, priority, position, task, args, kwargs, headers, attempt, retries, max_retries, crashes, eta,
@@ -45,7 +48,9 @@ SELECT coalesce(json_agg(json_build_array(
            coalesce(expires_at <= now(), false), cancel_requested_at IS NOT NULL
        ))::text, '[]') AS document,
        pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS xmin,
-       coalesce(pg_current_xact_id_if_assigned(), pg_snapshot_xmax(pg_current_snapshot()))::text::bigint AS xmax
+       coalesce(pg_current_xact_id_if_assigned(), pg_snapshot_xmax(pg_current_snapshot()))::text::bigint AS xmax,
+       extract(epoch FROM clock_timestamp() - statement_timestamp())::float8 AS took,
+       (SELECT queues FROM unseen) AS unseen
 FROM (SELECT *, octet_length(args_text) <= 8192 AND octet_length(kwargs_text) <= 8192
                 AND octet_length(headers_text) <= 2048 AS small
       FROM (SELECT *, CASE WHEN NOT %(bare)s::boolean AND pg_column_size(args) <= 8192 THEN args::text END AS args_text,
