@@ -245,7 +245,9 @@ class Bench:
         with self._session.transaction(by_index=True):
             promoted = _PROMOTE_BATCH
             while promoted == _PROMOTE_BATCH:
-                answer = self._session.run("promote_jobs", after=0.0, now=now, batch=_PROMOTE_BATCH)
+                answer = self._session.run(
+                    "promote_jobs", after=0.0, upto=None, mark=False, now=now, batch=_PROMOTE_BATCH
+                )
                 promoted = answer[0]["promoted"]
             rows = self._session.run("pick_job", queue=queue, task=task, now=now)
         return rows[0] if rows else None

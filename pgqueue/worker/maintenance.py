@@ -30,12 +30,12 @@ from typing import Protocol
 
 from pgqueue.config import Config
 from pgqueue.database.dsn import RETRY_MOST, retry_delay
-from pgqueue.database.link import Call, GroupFailed, Link, Row
+from pgqueue.database.link import QUERY_CANCELED, Call, GroupFailed, Link, Row
 from pgqueue.errors import DatabaseUnavailable
 from pgqueue.failpoints import failpoint
 from pgqueue.job import Progress
 from pgqueue.worker.identity import Identity
-from pgqueue.worker.lanes import Cursor
+from pgqueue.worker.promotion import Promoted, Promotion
 from pgqueue.worker.wire import TaskFacts, clock
 
 log = logging.getLogger("pgqueue.worker")
@@ -44,10 +44,8 @@ MAX_RESCUES = 10
 EXCLUSIVE_MARGIN = 0.2
 """Of a lease: exclusive jobs are killed so much earlier than others may take them."""
 RESCUE_BATCH = 100
-PROMOTE_BATCH = 500
 PROMOTE_INTERVAL = 0.1
 """Seconds between looks for due jobs while there is work; asleep, the next eta decides."""
-PROMOTE_SWEEP = 5.0
 DISCOVER_INTERVAL = 1.0
 """Seconds between looks for queues nobody knew, unless a notification tells of them."""
 DISCOVER_PAUSE = 0.1
@@ -177,11 +175,10 @@ class Maintenance:
         self._random = random
         self._event = asyncio.Event()
         self._watch = Watch(config.lease, patience=3 * config.heartbeat)
-        self._etas = Cursor()
+        self._due = Promotion()
         self._next_due: float | None = None
         self._heartbeat = _Timer()
         self._promotion = _Timer()
-        self._promotion_sweep = _Timer()
         self._discovery = _Timer()
         self._notify_queue = _Timer()
         self._cancellations = _Timer(float("inf"))
@@ -325,10 +322,9 @@ class Maintenance:
         heartbeat comes last, so that the worker's row is locked for a moment only.
         """
         self._about_to_beat(now)
-        after, sweep = self._about_to_promote(now)
+        looks = [group[-1] for group in self._about_to_promote(now)]
         calls = [
-            Call("promote_jobs", {"after": after, "now": None, "batch": PROMOTE_BATCH}),
-            Call("next_eta", {"after": after}),
+            *looks,
             Call("settle_canvases", {"ids": self._unsettled}),
             Call("rescue_jobs", self._rescue_parameters()),
             Call("drain_notify_queue"),
@@ -337,7 +333,7 @@ class Maintenance:
         ]
         if self._discover is not None:
             self._about_to_discover(now)
-            calls.insert(2, Call("find_queues", {"known": sorted(self._queues())}))
+            calls.insert(len(looks), Call("find_queues", {"known": sorted(self._queues())}))
         rows: list[list[Row]] | None = None
         try:
             rows = await self._together("beat", now, calls)
@@ -347,6 +343,7 @@ class Maintenance:
         if rows is None:
             return
         answers = {call.name: answer for call, answer in zip(calls, rows, strict=True)}
+        found = self._due.absorb(now, [[answer] for answer in rows[: len(looks)]])
         # First what is only noted down, then what may fail.
         beaten = bool(answers["beat_heart"])
         self._beaten(now, beaten)
@@ -358,16 +355,16 @@ class Maintenance:
         ((rescued, rescued_in, buried),) = answers["rescue_jobs"]
         if buried:
             self._canvases.at = now
-        promoted = self._promoted(now, after, sweep, answers["promote_jobs"], answers["next_eta"])
-        if promoted or rescued:
+        self._promoted(now, found)
+        if found.count or rescued:
             self._wake()
         if not beaten:
             await self._renew_identity()
         fenced = await self._fence(answers["list_heartbeats"])
         if rescued or buried:
             await self._tell_rescued(rescued, rescued_in, buried)
-        if promoted:
-            await self.became_ready(answers["promote_jobs"][0][1])
+        if found.count:
+            await self.became_ready(found.queues)
         if fenced or rescued + buried >= RESCUE_BATCH:
             await self.rescue()
 
@@ -490,47 +487,46 @@ class Maintenance:
 
     async def promote(self, now: float) -> int:
         """Make due jobs ready; returns how many."""
-        after, sweep = self._about_to_promote(now)
+        groups = self._about_to_promote(now)
         try:
-            answers = await self._link.run(
-                [Call("promote_jobs", {"after": after, "now": None, "batch": PROMOTE_BATCH})],
-                [Call("next_eta", {"after": after})],
-            )
+            answers = await self._link.run(*groups)
+        except GroupFailed as error:
+            self._promotion.at = now
+            if error.sqlstate != QUERY_CANCELED:
+                raise
+            log.debug("promotion_gave_up look=%d error=%s", error.group, error)
+            self._due.gave_up(now, error.group)
+            if not error.rows:
+                return 0
+            answers = error.rows
         except BaseException:
             self._promotion.at = now
             raise
-        (due,), (following,) = answers
-        promoted = self._promoted(now, after, sweep, due, following)
-        if promoted:  # last: a notification that is refused must not cost the next look
-            await self.became_ready(due[0][1])
-        return promoted
+        found = self._due.absorb(now, answers)
+        self._promoted(now, found)
+        if found.count:  # last: a notification that is refused must not cost the next look
+            await self.became_ready(found.queues)
+        return found.count
 
-    def _about_to_promote(self, now: float) -> tuple[float, bool]:
-        """The eta to look from, and whether that is the very first."""
+    def _about_to_promote(self, now: float) -> list[list[Call]]:
         self._last_promotion = now
         # Whoever asks from here on may mean a job that this look does not see.
         self._promotion.at = float("inf")
-        sweep = now >= self._promotion_sweep.at
-        return float("-inf") if sweep else self._etas.trailer, sweep
+        return self._due.groups(now)
 
-    def _promoted(self, now: float, after: float, sweep: bool, due: list[Row], following: list[Row]) -> int:
-        promoted, _queues, last_eta, xmin, xmax = due[0]
-        if promoted:
-            self._etas.lead(last_eta, xmax)
-        if promoted < PROMOTE_BATCH:
-            self._etas.covered(after, float("inf"), xmin)
-            if sweep:
-                self._promotion_sweep.at = now + PROMOTE_SWEEP
-        seconds = following[0][0] if following else None
+    def _promoted(self, now: float, found: Promoted) -> None:
         done = clock()
-        self._next_due = None if seconds is None else done + max(seconds, 0.0)
+        self._next_due = None if found.next_in is None else done + max(found.next_in, 0.0)
         patience = IDLE_INTERVAL if self._asleep() else PROMOTE_INTERVAL
         self._promotion.pull(
-            min(done + patience, self._next_due if self._next_due is not None else float("inf"))
+            min(
+                done + patience,
+                max(self._due.at, now + PROMOTE_INTERVAL),
+                self._next_due if self._next_due is not None else float("inf"),
+            )
         )
-        if promoted >= PROMOTE_BATCH:
+        if found.more:
             self._promotion.pull(done)
-        return int(promoted)
 
     async def find_queues(self, discover: Callable[[str], None], now: float) -> None:
         """Hand queues that have appeared to `discover`."""

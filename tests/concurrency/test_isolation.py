@@ -120,8 +120,7 @@ async def serve(link: Link, worker: str, runs: list[tuple[str, int]]) -> None:
                 "once": [],
             },
         ),
-        Call("promote_jobs", {"after": 0.0, "now": None, "batch": 10}),
-        Call("next_eta", {"after": 0.0}),
+        Call("promote_jobs", {"after": 0.0, "upto": None, "mark": False, "now": None, "batch": 10}),
         Call("beat_heart", {"worker": worker, "running": "{}", "stats": "{}"}),
         Call("arm_wake", {"queues": ["default"], "next_eta": None}),
     ]

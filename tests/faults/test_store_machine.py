@@ -470,6 +470,8 @@ class StoreMachine(RuleBasedStateMachine):
             claim.xmin,
             claim.xmax,
             self.clock,
+            took=claim.took,
+            unseen=claim.unseen,
         )
         return len(expected)
 
@@ -666,8 +668,8 @@ class StoreMachine(RuleBasedStateMachine):
             due = self.model.due(after, row[0])
         else:
             due = self.model.due(after, moved)
-        ((promoted, queues, last_eta, xmin, xmax),) = self.store.call(
-            "promote_jobs", after=after, now=moved, batch=batch
+        ((promoted, queues, last_eta, xmin, xmax, *_),) = self.store.call(
+            "promote_jobs", after=after, upto=None, mark=False, now=moved, batch=batch
         )
         assert promoted == min(batch, len(due))
         # Jobs of the same eta are in no order among themselves.

@@ -20,7 +20,7 @@ from psycopg.types.json import Jsonb
 from pgqueue.database.link import GroupFailed, Link
 from pgqueue.database.migrate import upgrade
 from pgqueue.database.queries import query
-from pgqueue.database.store import Outcome, ack_calls, decode_claim, decode_claimed
+from pgqueue.database.store import Claim, Outcome, ack_calls, decode_claim, decode_claimed
 from pgqueue.job import new_id
 from pgqueue.worker.maintenance import MAX_RESCUES
 
@@ -152,8 +152,15 @@ def outcome(
     return Outcome(job_id, attempt, worker, verb, **facts)
 
 
-def promote(connection: Connection, batch: int = 500, after: float = 0.0, now: datetime | None = None) -> Any:
-    return do(connection, "promote_jobs", batch=batch, after=after, now=now)[0]
+def promote(
+    connection: Connection,
+    batch: int = 500,
+    after: float | None = 0.0,
+    now: datetime | None = None,
+    upto: float | None = None,
+    mark: bool = False,
+) -> Any:
+    return do(connection, "promote_jobs", batch=batch, after=after, upto=upto, mark=mark, now=now)[0]
 
 
 def rescue(connection: Connection, batch: int = 100, letters: Mapping[str, str] | None = None) -> Any:
@@ -317,6 +324,37 @@ def test_a_claim_leaves_paused_queues_out(connection: Connection) -> None:
     assert [job.id for job in claim(connection, queues=["a", "b"])] == [other]
     connection.execute("SELECT pgqueue.resume_queue('a')")
     assert [job.id for job in claim(connection, queues=["a", "b"])] == [paused]
+
+
+def test_a_claim_tells_what_it_has_left_out_and_how_long_it_took(connection: Connection) -> None:
+    def answer(worker: str = ME) -> Claim:
+        lanes = {
+            "queues": ["a", "b"],
+            "priorities": [5, 5],
+            "after": [0, 0],
+            "upto": [END] * 2,
+            "most": [9] * 2,
+        }
+        options = {"bare": False, "tasks": None, "but": False, "batch": 9, "worker": worker}
+        return decode_claim(do(connection, "claim_jobs", **lanes, **options), worker)
+
+    add(connection, queue="b")
+    connection.execute("SELECT pgqueue.pause_queue('a')")
+    claim = answer()
+    assert (len(claim.jobs), claim.unseen) == (1, ["a"])
+    assert 0 < claim.took < DEADLINE
+    assert answer("nobody").unseen == ["a", "b"]
+    connection.execute("UPDATE pgqueue.workers SET fenced = true WHERE id = %s", [ME])
+    assert answer().unseen == ["a", "b"]
+
+
+def test_the_last_position_and_a_transaction_id_after_it(connection: Connection) -> None:
+    add(connection)
+    row = connection.execute("SELECT max(position) FROM pgqueue.jobs").fetchone()
+    ((position, first),) = do(connection, "last_position")
+    assert (position,) == row
+    ((_, second),) = do(connection, "last_position")
+    assert second > first
 
 
 def test_a_pause_that_is_over_counts_no_more(connection: Connection) -> None:
@@ -824,7 +862,7 @@ def test_due_jobs_become_ready_in_order_of_eta_a_batch_at_a_time(connection: Con
         by_eta[n] = add(connection, id=job_id, state="scheduled", eta=eta, queue=f"q{n}", attempt=1)
     waiting = add(connection, state="scheduled", eta=noon + timedelta(minutes=5, microseconds=1))
     ready = add(connection)
-    assert promote(connection) == (0, [], 0.0, *promote(connection)[3:])
+    assert promote(connection)[:3] == (0, [], 0.0)
 
     first = promote(connection, batch=3, now=noon + timedelta(minutes=5))
     assert first[:3] == (3, ["q0", "q1", "q2"], (noon + timedelta(minutes=2)).timestamp())
@@ -871,22 +909,41 @@ def test_promotion_skips_what_others_hold(connection: Connection, second: Connec
     assert [row["state"] for row in rows if row] == ["scheduled", "ready"]
 
 
-def test_the_next_eta_is_that_of_the_first_scheduled_job_beyond_the_cursor(connection: Connection) -> None:
-    assert do(connection, "next_eta", after=0.0) == []
+def test_promotion_tells_when_the_next_job_is_due(connection: Connection) -> None:
+    assert promote(connection)[7] is None
     now = clock(connection)
     add(connection, state="scheduled", eta=now + timedelta(hours=2))
     add(connection, state="scheduled", eta=now + timedelta(hours=1))
-    past = add(connection, state="scheduled", eta=now - timedelta(hours=1))
+    add(connection, state="scheduled", eta=now - timedelta(hours=1))
     add(connection)
     add_running(connection, eta=now)
-    ((to_past,),) = do(connection, "next_eta", after=0.0)
-    ((to_next,),) = do(connection, "next_eta", after=now.timestamp())
-    assert -3600 - DEADLINE < to_past <= -3600
-    assert 3600 - DEADLINE < to_next <= 3600
-    connection.execute(
-        "update pgqueue.jobs set state = 'ready' where state = 'scheduled' and id <> %s", [past]
+    for after in (0.0, now.timestamp(), None):
+        assert 3600 - DEADLINE < promote(connection, after=after)[7] <= 3600
+        assert promote(connection, after=after, upto=now.timestamp())[7] is None
+    connection.execute("update pgqueue.jobs set state = 'ready' where state = 'scheduled'")
+    assert promote(connection)[7] is None
+
+
+def test_promotion_in_the_past_looks_no_further_than_it_is_told(connection: Connection) -> None:
+    eta = datetime(2024, 1, 1, tzinfo=UTC)
+    for seconds in (-1, 0, 1):
+        add(connection, state="scheduled", eta=eta + timedelta(seconds=seconds))
+    assert promote(connection, after=float("-inf"), upto=eta.timestamp())[:3] == (
+        2,
+        ["default"],
+        eta.timestamp(),
     )
-    assert do(connection, "next_eta", after=now.timestamp()) == []
+    assert promote(connection, after=None)[0] == 0
+    assert promote(connection)[0] == 1
+
+
+def test_promotion_takes_a_transaction_id_when_it_is_to_mark_how_far_it_came(connection: Connection) -> None:
+    before = clock(connection).timestamp()
+    first, second = promote(connection, mark=True), promote(connection, mark=True)
+    assert before <= first[6] <= second[6]
+    assert second[4] > first[4]
+    assert second[3] <= second[4]
+    assert 0 < first[5] < DEADLINE
 
 
 # Rescue
@@ -1477,8 +1534,7 @@ def test_a_hostile_row_does_not_stop_promotion(connection: Connection, columns: 
     assert row is not None
     assert row["state"] == "ready"
     for after in (0.0, last):
-        for (waits,) in do(connection, "next_eta", after=after):
-            do(connection, "arm_wake", queues=["default"], next_eta=waits)
+        do(connection, "arm_wake", queues=["default"], next_eta=promote(connection, after=after)[7])
     text = connection.execute("select state from pgqueue.jobs where id = %s", [hostile]).fetchone()
     assert text is not None
     assert text[0] == ("scheduled" if "eta" in columns else "ready")
