@@ -35,6 +35,7 @@ from pgqueue.errors import DatabaseUnavailable
 from pgqueue.failpoints import failpoint
 from pgqueue.job import Progress
 from pgqueue.worker.identity import Identity
+from pgqueue.worker.lanes import PACE
 from pgqueue.worker.promotion import Promoted, Promotion
 from pgqueue.worker.wire import TaskFacts, clock
 
@@ -43,7 +44,8 @@ log = logging.getLogger("pgqueue.worker")
 MAX_RESCUES = 10
 EXCLUSIVE_MARGIN = 0.2
 """Of a lease: exclusive jobs are killed so much earlier than others may take them."""
-RESCUE_BATCH = 100
+RESCUE_BATCH = 10_000
+"""More than a worker ever has in hand: what is dead in the index is walked over once, not with each batch."""
 PROMOTE_INTERVAL = 0.1
 """Seconds between looks for due jobs while there is work; asleep, the next eta decides."""
 DISCOVER_INTERVAL = 1.0
@@ -178,6 +180,7 @@ class Maintenance:
         self._due = Promotion()
         self._next_due: float | None = None
         self._heartbeat = _Timer()
+        self._rescue = _Timer()
         self._promotion = _Timer()
         self._discovery = _Timer()
         self._notify_queue = _Timer()
@@ -326,7 +329,7 @@ class Maintenance:
         calls = [
             *looks,
             Call("settle_canvases", {"ids": self._unsettled}),
-            Call("rescue_jobs", self._rescue_parameters()),
+            *([Call("rescue_jobs", self._rescue_parameters())] if now >= self._rescue.at else []),
             Call("drain_notify_queue"),
             Call("list_heartbeats"),
             Call("beat_heart", self._heartbeat_parameters()),
@@ -352,7 +355,7 @@ class Maintenance:
             self.look_for_queues()
         self._unsettled = None
         self._canvases_settled(now, answers["settle_canvases"])
-        ((rescued, rescued_in, buried),) = answers["rescue_jobs"]
+        ((rescued, rescued_in, buried),) = answers.get("rescue_jobs", [(0, [], 0)])
         if buried:
             self._canvases.at = now
         self._promoted(now, found)
@@ -394,8 +397,8 @@ class Maintenance:
         self._beaten(now, beaten)
         if not beaten:
             await self._renew_identity()
-        await self._fence(answers[1][0])
-        await self.rescue()
+        if await self._fence(answers[1][0]) or clock() >= self._rescue.at:
+            await self.rescue()
 
     def _about_to_beat(self, now: float) -> None:
         failpoint("heartbeat_before")
@@ -424,16 +427,33 @@ class Maintenance:
         self._proven(sent + (1 - EXCLUSIVE_MARGIN) * self._config.lease)
 
     async def rescue(self) -> int:
-        """Take back every running job whose worker is fenced or missing; returns how many."""
+        """Take back every running job whose worker is fenced or missing; returns how many.
+
+        Where the entries of all that lost workers have run are still in the index, it walks over them: the
+        longer it takes, the longer is the pause after it, and it leaves time for heartbeats.
+        """
         parameters = self._rescue_parameters()
+        most = f"{self._config.lease / 3 * 1000:.0f}ms"
+        timeouts = Call("set_timeouts", {"statement_timeout": most, "lock_timeout": "2s"})
         total = 0
         while True:
-            ((rescued, queues, buried),) = await self._link.call("rescue_jobs", **parameters)
+            began = clock()
+            try:
+                answers = await self._link.run([timeouts, Call("rescue_jobs", parameters)])
+            except GroupFailed as error:
+                if error.sqlstate != QUERY_CANCELED:
+                    raise
+                log.warning("rescue_gave_up error=%s", error)
+                self._rescue.at = clock() + PACE * (clock() - began)
+                return total
+            ((rescued, queues, buried),) = answers[0][1]
             if rescued or buried:
                 await self._tell_rescued(rescued, queues, buried)
             taken = int(rescued + buried)
             total += taken
             if taken < RESCUE_BATCH:
+                if not taken:
+                    self._rescue.at = clock() + PACE * (clock() - began)
                 return total
 
     def _rescue_parameters(self) -> dict[str, object]:
