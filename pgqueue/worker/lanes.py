@@ -359,7 +359,7 @@ class Lanes:
         self._limit = position, xid
 
     def first(self, queue: str) -> None:
-        """There is a job in this queue: it is in the next claim, whoever's turn it is."""
+        """There is a job in this queue: it is claimed next, whoever's turn it is."""
         if queue in self._lanes:
             self._first.add(queue)
 
@@ -374,7 +374,7 @@ class Lanes:
         """
         ranges: list[Range] = []
         turn, chosen = self._draw()
-        complete = to_the_end and self._quiet + len(turn) >= len(self._lanes)
+        complete = to_the_end and bool(turn) and self._quiet + len(turn) >= len(self._lanes)
         cap = self._caps(chosen, batch)
         limit = self._limit[0] if self._limit is not None else None
         sweep = to_the_end and limit is None and len(chosen) == len(self._lanes) and self.sweeps_along(now)
@@ -487,19 +487,25 @@ class Lanes:
             lane.next_scan = now + TRAILING_INTERVAL
 
     def _draw(self) -> tuple[list[str], list[str]]:
-        """The queues whose turn it is, and with those that somebody has named, in serving order."""
+        """The queues whose turn it is, and those of one claim in serving order.
+
+        Where they take turns, queues that somebody has named have a claim of their own first: a thousand
+        lanes more would take it ten times as long.
+        """
         queues = list(self._lanes)
         named, self._first = self._first, set()
-        turn = queues
         if len(queues) > QUEUES_PER_CLAIM:
+            if named:
+                return [], sorted(named, key=queues.index)[:QUEUES_PER_CLAIM]
             start = self._turn % len(queues)
-            turn = (queues + queues)[start : start + QUEUES_PER_CLAIM]
+            queues = (queues + queues)[start : start + QUEUES_PER_CLAIM]
             self._turn += QUEUES_PER_CLAIM
-            queues = [*sorted(named.difference(turn), key=queues.index), *turn]
-        weights = self._weights
+        turn, weights = queues, self._weights
         if weights is not None and len(queues) > 1:
             # A weighted draw without replacement: sort by u ** (1 / weight) (Efraimidis and Spirakis, 2006).
-            queues.sort(key=lambda queue: self._random.random() ** (1 / weights[queue]), reverse=True)
+            queues = sorted(
+                queues, key=lambda queue: self._random.random() ** (1 / weights[queue]), reverse=True
+            )
         return turn, queues
 
     def _caps(self, queues: Sequence[str], batch: int) -> Mapping[str, int]:

@@ -443,14 +443,18 @@ def test_steps_through_a_paused_queue_do_not_keep_a_worker_busy() -> None:
     assert lanes.plan(10, 0.0, to_the_end=True).complete
 
 
-def test_a_queue_that_somebody_names_is_in_the_next_claim() -> None:
+def test_a_queue_that_somebody_names_has_a_claim_of_its_own_where_queues_take_turns() -> None:
     lanes, table = strict(*(f"q{n}" for n in range(3 * QUEUES_PER_CLAIM))), Table()
     for number in (0, 150, 299):
         served(lanes, table, 0.0, to_the_end=True)
         table.insert(f"q{number}")
         lanes.first(f"q{number}")
         lanes.first("unknown")
-        assert len(served(lanes, table, 0.0, to_the_end=True)) == 1
+        plan = lanes.plan(10, 0.0, to_the_end=True)
+        assert len(plan.ranges) == 10
+        assert not plan.complete
+        assert len(answered(lanes, table, plan, 0.0)) == 1
+        assert len(lanes.plan(10, 0.0, to_the_end=True).ranges) == 10 * QUEUES_PER_CLAIM
 
 
 def test_rounds_keep_few_edges_and_split_where_the_time_goes() -> None:
