@@ -310,7 +310,8 @@ class Lanes:
     @property
     def sweep_at(self) -> float | None:
         """When a sweep that has begun goes on; None if there is none."""
-        return self._rounds.at if self._rounds.under_way or self._unswept else None
+        goes_on = self._rounds.under_way or self._unswept
+        return self._rounds.at if self._lanes and goes_on else None
 
     def sweep(self, batch: int, now: float) -> Plan | None:
         """What to look at again of what lies behind the leading cursors, if it is time for it.
@@ -374,7 +375,9 @@ class Lanes:
         """
         ranges: list[Range] = []
         turn, chosen = self._draw()
-        complete = to_the_end and bool(turn) and self._quiet + len(turn) >= len(self._lanes)
+        # A claim of named queues alone says nothing of the others.
+        complete = to_the_end and len(turn) >= min(len(chosen), 1)
+        complete = complete and self._quiet + len(turn) >= len(self._lanes)
         cap = self._caps(chosen, batch)
         limit = self._limit[0] if self._limit is not None else None
         sweep = to_the_end and limit is None and len(chosen) == len(self._lanes) and self.sweeps_along(now)

@@ -16,6 +16,7 @@ from pgqueue.worker.lanes import (
     PACE,
     QUEUES_PER_CLAIM,
     QUICK,
+    START,
     STEP,
     SWEEP_INTERVAL,
     WINDOW,
@@ -470,3 +471,53 @@ def test_rounds_keep_few_edges_and_split_where_the_time_goes() -> None:
             rounds.done(now, took, end)
     assert len(rounds._edges) < 150
     assert sum(dead[0] <= edge <= dead[1] for edge in rounds._edges) > 20
+
+
+class TestNothingToServe:
+    """A worker that serves every queue, before there is one."""
+
+    def test_an_empty_look_is_complete_and_nothing_is_swept(self) -> None:
+        lanes = Lanes([], {}, Random(1))
+        lanes.forget_sweeps()
+        for now in (100.0, 110.0):
+            assert lanes.sweep(500, now) is None
+            assert lanes.sweep_at is None
+            plan = lanes.plan(500, now, to_the_end=True)
+            assert plan.complete
+            assert not lanes.absorb(plan, [], 5, 5, now)
+
+
+class TestSweepingAlong:
+    """A look before sleeping is a sweep too, as long as that takes no time."""
+
+    def test_it_spares_the_sweep(self) -> None:
+        lanes = Lanes(["default"], None, Random(1))
+        first = lanes.sweep(500, 100.0)
+        assert first is not None
+        lanes.absorb(first, [], 5, 5, 100.0, took=0.001)
+        assert not lanes.plan(500, 103.0, to_the_end=True).sweep, "it is not time"
+        along = lanes.plan(500, 104.5, to_the_end=True)
+        assert along.sweep
+        assert along.complete
+        assert {stretch.after for stretch in along.ranges} == {START}
+        lanes.absorb(along, [], 5, 5, 104.5, took=0.001)
+        assert lanes.sweep(500, 109.0) is None, "the look was one"
+        assert lanes.sweep(500, 109.6) is not None
+
+    def test_one_that_took_long_goes_by_itself(self) -> None:
+        lanes = Lanes(["default"], None, Random(1))
+        lanes.absorb(lanes.plan(500, 100.0), [("default", 5, 100_000)], 5, 5, 100.0)
+        first = lanes.sweep(500, 100.0)
+        assert first is not None
+        lanes.absorb(first, [], 5, 5, 100.0, took=0.1)
+        assert not lanes.plan(500, 105.0, to_the_end=True).sweep
+        assert lanes.sweep(500, 105.0) is not None
+
+    def test_a_full_batch_is_no_sweep(self) -> None:
+        lanes = Lanes(["default"], None, Random(1))
+        first = lanes.sweep(500, 100.0)
+        assert first is not None
+        lanes.absorb(first, [], 5, 5, 100.0, took=0.001)
+        along = lanes.plan(2, 105.0, to_the_end=True)
+        lanes.absorb(along, [("default", 5, 1), ("default", 5, 2)], 5, 5, 105.0, took=0.001)
+        assert lanes.sweep(500, 105.0) is not None
