@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import replace
 from datetime import UTC, datetime
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -208,7 +207,7 @@ class Eager(Client):
         jobs = [node.id for node in request.nodes if node.request is not None]
         whole = end_of(nodes[request.output])
         if whole.state == "dead" and whole.fault in ends and ends[whole.fault].state == "dead":
-            whole = replace(ends[whole.fault], fault=whole.fault)
+            whole = structs.replace(ends[whole.fault], fault=whole.fault)
         self._ends.keep_canvas(request.id, whole, jobs)
 
     def _was_cancelled(self, job_id: str | None) -> bool:
@@ -270,7 +269,8 @@ def _joined(join: CanvasNode, members: list[tuple[CanvasNode, Outcome]]) -> Outc
         cancelled = all(end.state == "cancelled" for _, end in failed)
         reason = end.reason or "member_failed"
         state: State = "cancelled" if cancelled else "dead"
-        return replace(end, state=state, reason=reason, result_error=None, fault=end.fault or member.id)
+        fault = end.fault or member.id
+        return structs.replace(end, state=state, reason=reason, result_error=None, fault=fault)
     left_out = {member.id for member, _ in failed}
     results = [end.result or "null" for member, end in members if member.id not in left_out]
     return Outcome("succeeded", f"[{','.join(results)}]")

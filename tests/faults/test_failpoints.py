@@ -156,6 +156,6 @@ def test_a_misspelt_failpoint_is_an_error(text: str) -> None:
 
 
 def test_a_worker_with_a_misspelt_failpoint_does_not_start(scene: Scene) -> None:
-    done = scene.workers.run("--version", env={"PGQUEUE_FAILPOINTS": "nonsense"})
+    done = scene.workers.run("-A", "any:app", "worker", env={"PGQUEUE_FAILPOINTS": "nonsense"})
     assert done.returncode != 0
     assert "a failpoint is name=action" in done.stderr
