@@ -269,7 +269,7 @@ def drain_part(bed: Bed, jobs: int) -> dict[str, float]:
     return {"rate": bed.rate(jobs), **used}
 
 
-def bare_drain(bed: Bed, jobs: int, *, cursor: bool) -> float:
+def bare_drain(bed: Bed, jobs: int, *, cursor: bool) -> dict[str, float]:
     """Jobs per second of the bare loop, out of those that are there."""
     bed.vacuum()
     started, taken, last = time.perf_counter(), 0, 0
@@ -279,17 +279,12 @@ def bare_drain(bed: Bed, jobs: int, *, cursor: bool) -> float:
         bed.bare.execute("DELETE FROM pgqueue.jobs WHERE id = ANY (%s)", [[row[0] for row in rows]])
         taken += len(rows)
         last = max(row[1] for row in rows) if cursor else 0
-    return taken / (time.perf_counter() - started)
+    return {"rate": taken / (time.perf_counter() - started)}
 
 
 def last_position(bed: Bed) -> int:
     """Where the sequence is: beyond all jobs there are."""
     return int(bed.ask("SELECT last_value FROM pgqueue.jobs_position_seq"))
-
-
-def ratios(dividends: Sequence[float], divisors: Sequence[float]) -> list[float]:
-    """Of each round."""
-    return [a / b for a, b in zip(dividends, divisors, strict=True)]
 
 
 def backlog(
@@ -306,33 +301,39 @@ def backlog(
         beds = {size: stack.enter_context(bed(server)) for size in sizes}
         for n in range(rounds):
             for size, there in beds.items():
-                # The last position of a lane says how many wait without counting them.
-                first = there.ask(
-                    "SELECT coalesce(min(position), 0) FROM (SELECT position FROM pgqueue.jobs WHERE"
-                    " state = 'ready' AND queue = 'default' AND priority = 5 ORDER BY position LIMIT 1) AS j"
-                )
-                waiting = last_position(there) - first + 1 if first else 0
                 started = time.perf_counter()
-                for _ in range(0, size + 3 * jobs - waiting, 1_000_000):
-                    there.fill(READY, min(1_000_000, size + 3 * jobs - waiting))
-                    waiting = min(waiting + 1_000_000, size + 3 * jobs)
+                top_up(there, size + 3 * jobs)
                 if n == 0:
                     there.connection.execute("VACUUM ANALYZE pgqueue.jobs")
                     filled[size] = time.perf_counter() - started
                     say(f"backlog: {size:,} jobs made in {filled[size]:.1f} s")
                 runs[size]["pgqueue"].append(drain_part(there, jobs))
-                runs[size]["bare"].append({"rate": bare_drain(there, jobs, cursor=True)})
+                runs[size]["bare"].append(bare_drain(there, jobs, cursor=True))
                 say(
                     f"backlog: {size:,} waiting: {runs[size]['pgqueue'][-1]['rate']:,.0f} jobs/s,"
                     f" bare loop {runs[size]['bare'][-1]['rate']:,.0f}"
                 )
-    rate = {size: {who: [run["rate"] for run in each[who]] for who in each} for size, each in runs.items()}
     return {
         "jobs": jobs,
         "fill_seconds": filled,
         "sizes": runs,
-        "ratio": {who: ratios(rate[sizes[-1]][who], rate[sizes[0]][who]) for who in ("pgqueue", "bare")},
+        "ratio": _kept(runs[sizes[-1]], runs[sizes[0]]),
     }
+
+
+def top_up(bed: Bed, jobs: int) -> None:
+    """As many ready jobs in the lane as this, in steps that a server of any size can hold in its memory."""
+    head = (
+        "SELECT min(position) FROM (SELECT position FROM pgqueue.jobs WHERE state = 'ready'"
+        " AND queue = 'default' AND priority = 5 ORDER BY position LIMIT 1) AS first"
+    )
+    first = bed.ask(head)
+    # Positions are taken in order, and nobody else takes any: no need to count ten million rows.
+    waiting = 0 if first is None else last_position(bed) - first + 1
+    while waiting < jobs:
+        some = min(1_000_000, jobs - waiting)
+        bed.fill(READY, some)
+        waiting += some
 
 
 def scheduled(
@@ -360,11 +361,11 @@ def scheduled(
                     _note(runs[name], "drain", drain(there, process, jobs))
                     _note(runs[name], "late_ms", late(there, samples))
                 there.fill(READY, jobs)
-                _note(runs[name], "bare", {"rate": bare_drain(there, jobs, cursor=True)})
+                _note(runs[name], "bare", bare_drain(there, jobs, cursor=True))
                 _note(runs[name], "look_ms", promotion_passes(there, due=0))
                 _note(runs[name], "promote_ms", promotion_passes(there, due=BATCH))
                 _tell("scheduled", name, runs[name])
-    return {"jobs": jobs, "later": later, "runs": runs, "ratio": _rate_ratios(runs["beside"], runs["none"])}
+    return {"jobs": jobs, "later": later, "runs": runs, "ratio": _kept(runs["beside"], runs["none"])}
 
 
 def late(bed: Bed, samples: int) -> list[float]:
@@ -472,14 +473,14 @@ def held_snapshot(
     server: str,
     *,
     past: int = 500_000,
-    jobs: int = 50_000,
+    jobs: int = 100_000,
     rounds: int = 3,
     samples: int = SAMPLES,
 ) -> dict[str, Any]:
     """What `past` jobs cost that went through while a snapshot was held; ratios are held / clean.
 
     They were scheduled, due at once, ready, run and done, by two workers: one that is gone, and lost the jobs
-    that are rescued later, and one that goes on.
+    that are rescued later, and one that goes on. From the head the loops take fewer jobs: it takes long.
     """
     runs: dict[str, dict[str, list[Any]]] = {"clean": {}, "held": {}}
     lost: dict[str, str] = {}
@@ -511,16 +512,21 @@ def held_snapshot(
                     _tell("held-snapshot", name, runs[name])
         for _ in range(rounds):
             for name, there in beds.items():
+                # One that was started just now has no cursors yet.
+                with worker(there) as process:
+                    _note(runs[name], "fresh_drain", drain(there, process, jobs))
+                with worker(there):
+                    _note(runs[name], "fresh_promote", promote(there, jobs))
                 for how in ("cursor", "head"):
-                    some = jobs if how == "cursor" else max(jobs // 10, BATCH)
                     cursor = how == "cursor"
+                    some = jobs if cursor else max(jobs // 10, BATCH)
                     there.fill(READY, some)
-                    _note(runs[name], f"bare_drain_{how}", {"rate": bare_drain(there, some, cursor=cursor)})
+                    _note(runs[name], f"bare_drain_{how}", bare_drain(there, some, cursor=cursor))
                     _note(runs[name], f"bare_promote_{how}", bare_promote(there, some, cursor=cursor))
                     _note(runs[name], f"bare_wake_up_{how}_ms", bare_wake_up(there, samples, cursor=cursor))
                 _note(runs[name], "bare_rescue", bare_rescue(there, max(jobs // 50, BATCH), lost[name]))
                 _tell("held-snapshot", name, runs[name])
-    return {"jobs": jobs, "past": past, "runs": runs, "ratio": _rate_ratios(runs["held"], runs["clean"])}
+    return {"jobs": jobs, "past": past, "runs": runs, "ratio": _kept(runs["held"], runs["clean"])}
 
 
 def pass_through(bed: Bed, jobs: int) -> float:
@@ -601,7 +607,7 @@ def lanes(server: str, *, queues: int = 200, jobs: int = 50_000, rounds: int = 3
                 _note(runs[name], "drain", drain(there, workers[name], jobs, queues=spread))
                 _note(runs[name], "wake_up_ms", wake_up(there, SAMPLES, names[name][-1]))
                 _tell("lanes", name, runs[name])
-    ratio = _rate_ratios(runs["spread"], runs["one"])
+    ratio = _kept(runs["spread"], runs["one"])
     return {"jobs": jobs, "lanes": queues * 10, "runs": runs, "ratio": ratio}
 
 
@@ -611,28 +617,37 @@ def _note(runs: dict[str, list[Any]], what: str, figure: Any) -> None:
 
 def _tell(measure: str, name: str, runs: dict[str, list[Any]]) -> None:
     """The last figure of each kind."""
-    said = []
+    lines = [f"{measure}: {name}"]
     for what, figures in runs.items():
         last = figures[-1]
-        if isinstance(last, dict) and "rate" in last:
-            costs = [f"{key} {value:,.0f}" for key, value in last.items() if key != "rate"]
-            said.append(f"{what} {last['rate']:,.0f}/s" + (f" ({', '.join(costs)})" if costs else ""))
+        if isinstance(last, list):
+            lines.append(
+                f"{what:22} p50 {statistics.median(last):.2f}, p99 {last[int(len(last) * 0.99)]:.2f}"
+            )
         elif isinstance(last, dict):
-            said.append(f"{what} " + ", ".join(f"{k} {statistics.median(v):.2f}" for k, v in last.items()))
-        elif isinstance(last, list):
-            said.append(f"{what} p50 {statistics.median(last):.2f} p99 {last[int(len(last) * 0.99)]:.2f}")
+            each = {
+                key: statistics.median(value) if isinstance(value, list) else value
+                for key, value in last.items()
+            }
+            lines.append(
+                f"{what:22} "
+                + ", ".join(f"{key} {value:,.{2 if value < 1000 else 0}f}" for key, value in each.items())
+            )
         else:
-            said.append(f"{what} {last:,}")
-    say(f"{measure}: {name}: " + "\n           ".join(said))
+            lines.append(f"{what:22} {last:,}")
+    say("\n    ".join(lines))
 
 
-def _rate_ratios(dividends: dict[str, list[Any]], divisors: dict[str, list[Any]]) -> dict[str, list[float]]:
-    """Round by round, of everything that has a rate."""
-    return {
-        what: ratios([run["rate"] for run in runs], [run["rate"] for run in divisors[what]])
-        for what, runs in dividends.items()
-        if isinstance(runs[0], dict) and "rate" in runs[0]
-    }
+def _kept(these: dict[str, list[Any]], those: dict[str, list[Any]]) -> dict[str, list[float]]:
+    """Round by round, how much of the speed is left in `these`: of rates, and of median times in reverse."""
+    kept = {}
+    for what, runs in these.items():
+        pairs = list(zip(runs, those[what], strict=True))
+        if what.endswith("_ms") and isinstance(runs[0], list):
+            kept[what] = [statistics.median(that) / statistics.median(this) for this, that in pairs]
+        elif isinstance(runs[0], dict) and "rate" in runs[0]:
+            kept[what] = [this["rate"] / that["rate"] for this, that in pairs]
+    return kept
 
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
@@ -649,8 +664,8 @@ def main() -> None:
     )
     parser.add_argument("measures", nargs="*", choices=[*MEASURES, []], help="default: all")
     parser.add_argument("--dsn", help="a server to make databases on (default: an embedded PostgreSQL)")
-    parser.add_argument("--jobs", type=int, default=50_000, help="in each run")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, help="in each run")
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--sizes", type=int, nargs="+", help="backlog: jobs that wait")
     parser.add_argument("--later", type=int, help="scheduled: jobs that are due in a month")
     parser.add_argument("--past", type=int, help="held-snapshot: jobs that went through before")
@@ -668,9 +683,9 @@ def main() -> None:
     with ExitStack() as stack:
         server = arguments.dsn or stack.enter_context(embedded.EmbeddedPostgres()).dsn
         for name in arguments.measures or MEASURES:
-            given = {key: getattr(arguments, key) for key in takes[name]}
+            given = {key: getattr(arguments, key) for key in ("jobs", "rounds", *takes[name])}
             given = {key: value for key, value in given.items() if value is not None}
-            figures[name] = MEASURES[name](server, jobs=arguments.jobs, rounds=arguments.rounds, **given)
+            figures[name] = MEASURES[name](server, **given)
             if arguments.json:
                 arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
             else:
