@@ -5,7 +5,8 @@
     python -m benchmarks.own backlog --sizes 10000 100000 --json own.json
 
 The databases that are compared stand side by side and take turns, because the speed of one machine drifts by
-a third within an hour: compare figures of the same round. All times are the database's.
+a third within an hour: compare figures of the same round. A worker's speed is read from the history, by the
+database's clock.
 
 The bare loop is one connection with the worker's planner settings that claims 500 with SKIP LOCKED and
 deletes them: no execution, no history, no fencing. `cursor`: it asks beyond the last position it took, as
@@ -17,36 +18,32 @@ backlog        jobs/s of so many, while at least 10,000, a million, ten million 
 scheduled      jobs/s of ready ones with none and with a million scheduled for later in the same table; a look
                for due jobs that finds none, or finds 500; how late a due job starts.
 held-snapshot  with every dead row gone, and with a snapshot held since before 500,000 jobs went through:
-               drain, jobs that become due at once, jobs of a lost worker, and how fast a lone job starts.
-lanes          jobs/s from one lane, and of the same number spread over 2,000.
+               drain, jobs that become due at once, jobs of a lost worker, and how fast a lone job starts, by
+               a worker that ran half of those jobs; the first two by one that was started just now; what a
+               look from the beginning of each index takes.
+lanes          jobs/s from one lane, and of the same number spread over 2,000; how fast a lone job starts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import secrets
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 import psycopg
 
-from pgqueue.database import embedded, migrate
+from benchmarks.server import Server, migrated_database, pgqueue_worker, tree_cpu
 from pgqueue.database.queries import query
 from pgqueue.database.session import Session, open_session
 
-HERE = Path(__file__).parent
 EXECUTORS = 2
 BATCH = 500
 RESCUED = 100
@@ -99,21 +96,6 @@ BEGINNING = "-infinity"
 def say(text: str) -> None:
     """Progress."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def database(server_dsn: str) -> Iterator[str]:
-    """A migrated database of this run."""
-    name = f"pgqueue_bench_{secrets.token_hex(4)}"
-    with psycopg.connect(server_dsn, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    dsn = urlunsplit(urlsplit(server_dsn)._replace(path=f"/{name}"))
-    try:
-        migrate.upgrade(dsn)
-        yield dsn
-    finally:
-        with psycopg.connect(server_dsn, autocommit=True) as connection:
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @dataclass
@@ -175,7 +157,7 @@ class Bed:
 def bed(server_dsn: str) -> Iterator[Bed]:
     """A database of its own, on which the worker's planner settings hold for the bare loop too."""
     with ExitStack() as stack:
-        dsn = stack.enter_context(database(server_dsn))
+        dsn = stack.enter_context(migrated_database(server_dsn))
         connection = stack.enter_context(psycopg.connect(dsn, autocommit=True))
         bare = stack.enter_context(psycopg.connect(dsn, autocommit=True))
         for setting in ("enable_seqscan", "enable_bitmapscan", "enable_sort", "jit"):
@@ -186,33 +168,14 @@ def bed(server_dsn: str) -> Iterator[Bed]:
 @contextmanager
 def worker(bed: Bed, warm: Sequence[str] = ("default",)) -> Iterator[psutil.Process]:
     """A real worker that has run a hundred jobs in each of the `warm` queues, and is idle."""
-    command = [sys.executable, "-m", "pgqueue.cli.main", "-A", "noop:app", "--dsn", bed.dsn, "worker"]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([*command, "-c", str(EXECUTORS)], cwd=HERE, stdout=log, stderr=log)
-        try:
-            bed.forget()
-            for queue in warm:
-                bed.fill(READY, 100, queue=queue)
-            try:
-                bed.wait(100 * len(warm), 0.02)
-            except SystemExit:
-                print(_text(log), file=sys.stderr)
-                raise
-            time.sleep(0.2)  # it has looked once more, and sleeps
-            bed.forget()
-            yield psutil.Process(process.pid)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            if process.wait(60) != 0:
-                print(_text(log), file=sys.stderr)
-            complaints = [line for line in _text(log).splitlines() if "database_unavailable" in line]
-            for line in complaints[:3]:
-                say(f"the worker says: {line}")
-
-
-def _text(log: Any) -> str:
-    log.seek(0)
-    return str(log.read())
+    with pgqueue_worker(bed.dsn, "-c", str(EXECUTORS)) as process:
+        bed.forget()
+        for queue in warm:
+            bed.fill(READY, 100, queue=queue)
+        bed.wait(100 * len(warm), 0.02)
+        time.sleep(0.2)  # it has looked once more, and sleeps
+        bed.forget()
+        yield process
 
 
 class Cpu:
@@ -221,24 +184,13 @@ class Cpu:
     def __init__(self, bed: Bed, process: psutil.Process) -> None:
         postmaster = psutil.Process(bed.connection.info.backend_pid).parent()
         assert postmaster is not None
-        self._roots = [process, postmaster]
-        self._before = [self._read(root) for root in self._roots]
+        self._roots = [[process], [postmaster]]
+        self._before = [tree_cpu(roots) for roots in self._roots]
 
     def per_job(self, jobs: int) -> dict[str, float]:
         """Microseconds per job."""
-        used = [self._read(root) - before for root, before in zip(self._roots, self._before, strict=True)]
+        used = [tree_cpu(roots) - before for roots, before in zip(self._roots, self._before, strict=True)]
         return {"worker_us": used[0] / jobs * 1e6, "server_us": used[1] / jobs * 1e6}
-
-    @staticmethod
-    def _read(root: psutil.Process) -> float:
-        total = 0.0
-        for process in [root, *root.children(recursive=True)]:
-            try:
-                times = process.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            total += times.user + times.system
-        return total
 
 
 def drain(
@@ -594,7 +546,9 @@ def bare_rescue(bed: Bed, jobs: int, lost: str) -> dict[str, float]:
     return {"rate": taken / seconds}
 
 
-def lanes(server: str, *, queues: int = 200, jobs: int = 50_000, rounds: int = 3) -> dict[str, Any]:
+def lanes(
+    server: str, *, queues: int = 200, jobs: int = 50_000, rounds: int = 3, samples: int = SAMPLES
+) -> dict[str, Any]:
     """So many jobs in one lane, and in all ten lanes of each of so many queues; ratios are spread / one."""
     runs: dict[str, dict[str, list[Any]]] = {"one": {}, "spread": {}}
     names = {"one": ["default"], "spread": [f"default_{n}" for n in range(queues)]}
@@ -605,7 +559,7 @@ def lanes(server: str, *, queues: int = 200, jobs: int = 50_000, rounds: int = 3
             for name, there in beds.items():
                 spread = queues if name == "spread" else 1
                 _note(runs[name], "drain", drain(there, workers[name], jobs, queues=spread))
-                _note(runs[name], "wake_up_ms", wake_up(there, SAMPLES, names[name][-1]))
+                _note(runs[name], "wake_up_ms", wake_up(there, samples, names[name][-1]))
                 _tell("lanes", name, runs[name])
     ratio = _kept(runs["spread"], runs["one"])
     return {"jobs": jobs, "lanes": queues * 10, "runs": runs, "ratio": ratio}
@@ -670,18 +624,18 @@ def main() -> None:
     parser.add_argument("--later", type=int, help="scheduled: jobs that are due in a month")
     parser.add_argument("--past", type=int, help="held-snapshot: jobs that went through before")
     parser.add_argument("--queues", type=int, help="lanes: queues of ten lanes each")
-    parser.add_argument("--samples", type=int, help="scheduled, held-snapshot: lone jobs in each run")
+    parser.add_argument("--samples", type=int, help="lone jobs in each run, where there are some")
     parser.add_argument("--json", type=Path, help="write all figures there")
     arguments = parser.parse_args()
     takes = {
         "backlog": ("sizes",),
         "scheduled": ("later", "samples"),
         "held-snapshot": ("past", "samples"),
-        "lanes": ("queues",),
+        "lanes": ("queues", "samples"),
     }
     figures = {}
     with ExitStack() as stack:
-        server = arguments.dsn or stack.enter_context(embedded.EmbeddedPostgres()).dsn
+        server = stack.enter_context(Server(arguments.dsn)).dsn
         for name in arguments.measures or MEASURES:
             given = {key: getattr(arguments, key) for key in ("jobs", "rounds", *takes[name])}
             given = {key: value for key, value in given.items() if value is not None}
