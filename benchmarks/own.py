@@ -46,7 +46,7 @@ from pgqueue.database.session import Session, open_session
 
 EXECUTORS = 2
 BATCH = 500
-RESCUED = 100
+RESCUED = 10_000
 """Jobs of a lost worker that are taken back at once: as the worker does it."""
 SAMPLES = 100
 PATIENCE = 300.0
@@ -395,8 +395,9 @@ def promotion_passes(bed: Bed, *, due: int, passes: int = 10) -> list[float]:
             time.sleep(0.01)
         with bed.session.transaction(by_index=True):
             started = time.perf_counter()
-            (row,) = bed.session.run("promote_jobs", after=float("-inf"), now=None, batch=BATCH)
-            bed.session.run("next_eta", after=float("-inf"))
+            (row,) = bed.session.run(
+                "promote_jobs", after=float("-inf"), upto=None, mark=False, now=None, batch=BATCH
+            )
         times.append((time.perf_counter() - started) * 1000)
         assert row["promoted"] == due
         bed.connection.execute("DELETE FROM pgqueue.jobs WHERE state = 'ready'")
@@ -416,10 +417,9 @@ def sweep_passes(bed: Bed, passes: int = 10) -> dict[str, list[float]]:
     rescue |= {"dead_letter_queues": "{}", "task_max_crashes": "{}"}
     acts: dict[str, dict[str, Any]] = {
         "claim_jobs": claim,
-        "promote_jobs": {"after": float("-inf"), "now": None, "batch": BATCH},
-        "next_eta": {"after": float("-inf")},
+        "promote_jobs": {"after": float("-inf"), "upto": None, "mark": False, "now": None, "batch": BATCH},
         "rescue_jobs": rescue,
-        "find_cancelled": {"worker": name},
+        "find_cancelled": {"worker": name, "ids": []},
         "list_claimed": {"worker": name},
     }
     times: dict[str, list[float]] = {act: [] for act in acts}
