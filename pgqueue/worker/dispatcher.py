@@ -50,6 +50,9 @@ PREFETCH_TIME = 0.1
 PREFETCH_JOBS = 2 * CLAIM_LIMIT
 STALL = 0.02
 """Seconds a job of a chunk may run before the rest of its chunk is taken back."""
+DEAF = 0.5
+"""Seconds a job on its own may wait in an executor before it is taken back. Not less: a thread that waits for
+the interpreter would find its job gone each time."""
 OTHERS_GRACE = 5.0
 """Seconds that the other jobs of an executor have to end when one of them has reached its hard limit."""
 CANCEL_GRACE = 10.0
@@ -133,6 +136,8 @@ class Slot:
             when.
         overdue: The number of the job that has reached its hard time limit; 0 for none.
         stuck: At the last look its job had been running for longer than one of a chunk should.
+        deaf: It has not started what it was sent, and gets nothing until it is heard of: its process is
+            frozen, or has no processor.
     """
 
     executor: Executor
@@ -144,6 +149,7 @@ class Slot:
     cancelling: dict[int, float] = field(default_factory=dict)
     overdue: int = 0
     stuck: bool = False
+    deaf: bool = False
 
 
 class Dispatcher:
@@ -301,6 +307,7 @@ class Dispatcher:
         Returns the job, if its run is no longer the job's.
         """
         job = slot.in_flight.pop(message.number, None)
+        slot.deaf = False
         if job is None:
             return None
         slot.stuck = False
@@ -364,6 +371,7 @@ class Dispatcher:
 
     def skipped(self, slot: Slot, message: Skipped) -> None:
         """An executor reports that it did not start a job, because the job was taken back."""
+        slot.deaf = False
         job = slot.in_flight.pop(message.number, None)
         if job is not None:
             self._waiting.appendleft(job)
@@ -517,11 +525,17 @@ class Dispatcher:
             slot.stuck = self._is_stuck(slot, now)
             if started != slot.progress[0]:
                 slot.progress = (started, now)
-            elif len(slot.in_flight) > 1 and slot.stuck:
+            elif slot.stuck and (len(slot.in_flight) > 1 or self._is_deaf(slot, now)):
+                slot.deaf = started < min(slot.in_flight)
                 self._recall(slot)
                 running = slot.in_flight.get(started)
                 if running is not None:
                     self.pace.observe(running.task, now - slot.progress[1])
+
+    @staticmethod
+    def _is_deaf(slot: Slot, now: float) -> bool:
+        """Whether it has not even started the first job that it has."""
+        return slot.board.started < min(slot.in_flight) and now - slot.progress[1] >= DEAF
 
     def _end_overdue(self, job: ClaimedJob, facts: TaskFacts) -> None:
         """A job was killed at its hard time limit: dead, unless its task's policy says otherwise."""
@@ -604,6 +618,7 @@ class Dispatcher:
             for executor in self.executors.values()
             if executor.ready and not executor.retiring
             for slot in executor.slots
+            if not slot.deaf
         )
         return list(islice(staying, max(self.most - leaving, 0)))
 

@@ -468,3 +468,46 @@ def test_nothing_is_claimed_ahead_for_slots_whose_jobs_turned_out_long(
     first = next(dispatcher.slots)
     succeed(dispatcher, first, 1, 10.0)
     assert dispatcher.wanted() > 0
+
+
+class TestFrozen:
+    """An executor that is stopped between two jobs: it has told all that it did, and starts nothing."""
+
+    def test_it_gets_nothing_more_until_it_is_heard_of(self, make: Callable[..., Dispatcher]) -> None:
+        dispatcher = make(2)
+        teach(dispatcher, "fast", 0.00002)
+        frozen, other = dispatcher.slots
+        jobs = [claimed("fast") for _ in range(3)]
+        dispatcher.add(jobs, 0.0)
+        assert sent(dispatcher, 0.0) == {1: [job.id for job in jobs]}, "so few go to one"
+        dispatcher.take_back_stalled(0.0)
+        dispatcher.take_back_stalled(STALL + 0.01)
+        assert sent(dispatcher, 0.05) == {2: [job.id for job in jobs]}
+        assert dispatcher.free_slots == 0
+        number = next(iter(other.in_flight))
+        dispatcher.skipped(frozen, Skipped(1))
+        succeed(dispatcher, other, number, 0.00002)
+        dispatcher.add([claimed("fast")], 0.1)
+        assert list(sent(dispatcher, 0.1)) == [1], "it is awake"
+
+    def test_a_job_on_its_own_is_taken_back_too(self, make: Callable[..., Dispatcher]) -> None:
+        dispatcher = make(2)
+        job = claimed()
+        dispatcher.add([job], 0.0)
+        assert sent(dispatcher, 0.0) == {1: [job.id]}
+        dispatcher.take_back_stalled(0.4)
+        assert sent(dispatcher, 0.4) == {}
+        dispatcher.take_back_stalled(0.6)
+        assert sent(dispatcher, 0.6) == {2: [job.id]}
+
+    def test_one_that_runs_stays_where_it_is(self, make: Callable[..., Dispatcher]) -> None:
+        dispatcher = make(2)
+        job = claimed()
+        dispatcher.add([job], 0.0)
+        sent(dispatcher, 0.0)
+        (running, _) = dispatcher.slots
+        running.board.start(1)
+        for now in (0.1, 1.0, 10.0):
+            dispatcher.take_back_stalled(now)
+        assert list(running.in_flight.values()) == [job]
+        assert not running.deaf
