@@ -19,6 +19,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from typing import Any, NamedTuple
 
 import msgspec
@@ -237,9 +238,15 @@ class _Statement(NamedTuple):
 
     @classmethod
     def of(cls, call: Call, schema: str) -> _Statement:
-        rendered = query(call.name, schema, "numeric")
-        given = call.parameters
-        return cls(rendered.text.encode(), [as_text(given[name]) for name in rendered.parameters])
+        text, names = _rendered(call.name, schema)
+        return cls(text, [as_text(call.parameters[name]) for name in names])
+
+
+@cache
+def _rendered(name: str, schema: str) -> tuple[bytes, tuple[str, ...]]:
+    """The statement as it is sent, the same object each time: it is looked up by its text in every round."""
+    rendered = query(name, schema, "numeric")
+    return rendered.text.encode(), rendered.parameters
 
 
 _BEGIN = _Statement(b"BEGIN ISOLATION LEVEL READ COMMITTED", [])
