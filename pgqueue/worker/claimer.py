@@ -325,9 +325,7 @@ class Claimer:
 
     async def _adopt_strays(self) -> None:
         """Where the look takes too long, it waits for the next time, and the claims go on."""
-        self._strays_at = clock() + self._strays_pause
-        # What was set aside is not to wait longer each time.
-        self._strays_pause = STRAYS_INTERVAL if self._aside else min(2 * self._strays_pause, STRAYS_MOST)
+        self._put_off_strays()
         self._try_aside_again()
         try:
             self._tell_adopted(await self._adopt(self._identity.id))
@@ -335,6 +333,11 @@ class Claimer:
             if error.sqlstate != QUERY_CANCELED:
                 raise
             log.warning("claim_not_reconciled error=%s", error)
+
+    def _put_off_strays(self) -> None:
+        self._strays_at = clock() + self._strays_pause
+        # What was set aside is not to wait longer each time.
+        self._strays_pause = STRAYS_INTERVAL if self._aside else min(2 * self._strays_pause, STRAYS_MOST)
 
     @staticmethod
     def _tell_adopted(jobs: int) -> None:
@@ -418,7 +421,7 @@ class Claimer:
                 self._disarmed_at = self._disarmed_at if hint else now
             rows = answers[-1]
             if held is not None:
-                self._strays_at = clock() + STRAYS_INTERVAL
+                self._put_off_strays()
                 self._tell_adopted(self._take_over(rows.pop(0), worker, held))
             await self._claimed(plan, rows[0], worker, now)
 
