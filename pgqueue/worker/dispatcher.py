@@ -525,17 +525,14 @@ class Dispatcher:
             slot.stuck = self._is_stuck(slot, now)
             if started != slot.progress[0]:
                 slot.progress = (started, now)
-            elif slot.stuck and (len(slot.in_flight) > 1 or self._is_deaf(slot, now)):
-                slot.deaf = started < min(slot.in_flight)
+                continue
+            unheard = started < min(slot.in_flight)
+            if slot.stuck and (len(slot.in_flight) > 1 or (unheard and now - slot.progress[1] >= DEAF)):
+                slot.deaf = unheard
                 self._recall(slot)
                 running = slot.in_flight.get(started)
                 if running is not None:
                     self.pace.observe(running.task, now - slot.progress[1])
-
-    @staticmethod
-    def _is_deaf(slot: Slot, now: float) -> bool:
-        """Whether it has not even started the first job that it has."""
-        return slot.board.started < min(slot.in_flight) and now - slot.progress[1] >= DEAF
 
     def _end_overdue(self, job: ClaimedJob, facts: TaskFacts) -> None:
         """A job was killed at its hard time limit: dead, unless its task's policy says otherwise."""
