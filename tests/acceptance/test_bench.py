@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -23,35 +22,16 @@ import pytest
 
 import pgqueue
 from pgqueue.database.migrate import upgrade
+from tests.acceptance.marked import Marked, environment
 from tests.acceptance.workers import eventually
 
-MARK = "BENCH_TEST_MARK"
-PACKAGE = Path(pgqueue.__file__).parents[1]
 TINY = ("--jobs", "1000", "--seconds", "0.2", "-c", "1")
 MEASURES = ("round_trip", "commit", "single", "single_calls", "bulk", "bare_loop", "drain", "wake_up")
 
 
 @dataclass
-class Bench:
+class Bench(Marked):
     """A running `pgqueue bench`."""
-
-    process: subprocess.Popen[str]
-    mark: str
-
-    def finish(self, within: float = 100) -> tuple[int, str, str]:
-        """Exit status, stdout and stderr, once it has ended."""
-        out, err = self.process.communicate(timeout=within)
-        print(out, err)
-        return self.process.returncode, out, err
-
-    def processes(self) -> list[psutil.Process]:
-        """Every living process that descends from it, wherever it is now."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
 
     def worker(self) -> psutil.Process:
         """Its worker's supervisor, once it serves."""
@@ -73,16 +53,13 @@ class Benches:
 
     def start(self, *flags: str, dsn: str | None = None, **streams: Any) -> Bench:
         mark = secrets.token_hex(8)
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PGQUEUE_")}
-        environment = inherited | {
-            "PYTHONPATH": os.pathsep.join([str(PACKAGE), *filter(None, [inherited.get("PYTHONPATH")])]),
+        surroundings = environment(mark) | {
             "PGQUEUE_DSN": self.dsn if dsn is None else dsn,
             "PGQUEUE_LOG_LEVEL": "ERROR",  # what is meant for other workers changes nothing here
-            MARK: mark,
         }
         process = subprocess.Popen(
             [sys.executable, "-m", "pgqueue.cli.main", "bench", *flags],
-            env=environment,
+            env=surroundings,
             stdin=subprocess.DEVNULL,
             text=True,
             **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams),

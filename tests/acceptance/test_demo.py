@@ -21,12 +21,10 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-import pgqueue
 from pgqueue.database.migrate import upgrade
+from tests.acceptance.marked import PACKAGE, Marked, environment
 from tests.acceptance.workers import PATIENCE, eventually
 
-MARK = "DEMO_TEST_MARK"
-PACKAGE = Path(pgqueue.__file__).parents[1]
 LAST_LINE = re.compile(
     r"demo: (\d+) orders, (\d+) rolled back, (\d+) jobs: (\d+) succeeded, (\d+) dead-lettered, (\d+) lost\n"
 )
@@ -34,27 +32,10 @@ OURS = "queue like 'shop\\_demo\\_%%'"
 
 
 @dataclass
-class Demo:
+class Demo(Marked):
     """A running demo, started in a folder of its own in which it also keeps its temporary files."""
 
-    process: subprocess.Popen[str]
     folder: Path
-    mark: str
-
-    def finish(self, within: float = 100) -> tuple[int, str, str]:
-        """Exit status, stdout and stderr, once it has ended."""
-        out, err = self.process.communicate(timeout=within)
-        print(out, err)
-        return self.process.returncode, out, err
-
-    def processes(self) -> list[psutil.Process]:
-        """Every living process that descends from it, wherever it is now."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
 
     def child(self, *words: str) -> psutil.Process:
         """The one process below it that has all these words in its command."""
@@ -82,24 +63,21 @@ class Demos:
         mark = secrets.token_hex(8)
         folder = self._folder / mark
         folder.mkdir()
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PGQUEUE_")}
-        environment = inherited | {
-            "PYTHONPATH": os.pathsep.join([str(PACKAGE), *filter(None, [inherited.get("PYTHONPATH")])]),
+        surroundings = environment(mark) | {
             "TMPDIR": str(folder),
-            MARK: mark,
         }
         if dsn is not None:
-            environment["PGQUEUE_DSN"] = dsn
+            surroundings["PGQUEUE_DSN"] = dsn
         process = subprocess.Popen(
             [sys.executable, "-m", "pgqueue.cli.main", "demo", *flags],
             cwd=self._folder,
-            env=environment,
+            env=surroundings,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        demo = Demo(process, folder, mark)
+        demo = Demo(process, mark, folder)
         self.started.append(demo)
         return demo
 
