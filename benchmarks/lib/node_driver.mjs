@@ -103,6 +103,21 @@ function together(count, run) {
   return Promise.all(Array.from({ length: count }, run));
 }
 
+// An order and its job in one transaction of a connection from the pool.
+export async function withOrder(pool, note, enqueue) {
+  const client = await pool.connect();
+  try {
+    await client.query("BEGIN");
+    await client.query("INSERT INTO bench_orders (note) VALUES ($1)", [note]);
+    await enqueue(client);
+    await client.query("COMMIT");
+    client.release();
+  } catch (error) {
+    client.release(error);
+    throw error;
+  }
+}
+
 export async function main(peer) {
   const { values, positionals } = parseArgs({
     allowPositionals: true,

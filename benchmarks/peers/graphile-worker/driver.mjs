@@ -1,7 +1,7 @@
 // graphile-worker with the settings of its authors' performance page; see benchmarks/lib/node_driver.mjs.
 
 import pg from "pg";
-import { ORDERS, main } from "./node_driver.mjs";
+import { ORDERS, main, withOrder } from "./node_driver.mjs";
 
 process.env.NO_LOG_SUCCESS = "1"; // read when the package loads; its own performance test sets it as well
 const { Logger, makeWorkerUtils, run } = await import("graphile-worker");
@@ -38,19 +38,8 @@ await main({
       single: (task, payload) => utils.addJob(task, payload),
       bulk: (task, payloads) => utils.addJobs(payloads.map((payload) => ({ identifier: task, payload }))),
       warm: () => pool.query("SELECT 1"),
-      async transaction(note) {
-        const client = await pool.connect();
-        try {
-          await client.query("BEGIN");
-          await client.query("INSERT INTO bench_orders (note) VALUES ($1)", [note]);
-          await client.query("SELECT graphile_worker.add_job('noop', '{}')");
-          await client.query("COMMIT");
-          client.release();
-        } catch (error) {
-          client.release(error);
-          throw error;
-        }
-      },
+      transaction: (note) =>
+        withOrder(pool, note, (client) => client.query("SELECT graphile_worker.add_job('noop', '{}')")),
       async close() {
         await utils.release();
         await pool.end();

@@ -2,7 +2,7 @@
 
 import pg from "pg";
 import { PgBoss } from "pg-boss";
-import { ORDERS, main } from "./node_driver.mjs";
+import { ORDERS, main, withOrder } from "./node_driver.mjs";
 
 const QUEUES = ["noop", "stamp"];
 
@@ -35,19 +35,10 @@ await main({
       single: (task, payload) => it.send(task, payload),
       bulk: (task, payloads) => it.insert(task, payloads.map((data) => ({ data }))),
       warm: () => it.getDb().executeSql("SELECT 1"),
-      async transaction(note) {
-        const client = await pool.connect();
-        try {
-          await client.query("BEGIN");
-          await client.query("INSERT INTO bench_orders (note) VALUES ($1)", [note]);
-          await it.send("noop", {}, { db: { executeSql: (text, values) => client.query(text, values) } });
-          await client.query("COMMIT");
-          client.release();
-        } catch (error) {
-          client.release(error);
-          throw error;
-        }
-      },
+      transaction: (note) =>
+        withOrder(pool, note, (client) =>
+          it.send("noop", {}, { db: { executeSql: (text, values) => client.query(text, values) } }),
+        ),
       async close() {
         await it.stop();
         await pool.end();
