@@ -337,8 +337,8 @@ def _verdict(target: dict[str, Any], values: Sequence[float]) -> str:
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return NOTHING
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    head, *lines = ("| " + " | ".join(line) + " |" for line in (heads, *rows))
+    return "\n".join([head, "|" + "---|" * len(heads), *lines])
 
 
 def _image(name: str, figure: dict[str, Any]) -> str:
