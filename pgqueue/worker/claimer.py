@@ -161,6 +161,7 @@ class Claimer:
         self._poll_at = 0.0
         self._early = False
         self._armed_at: float | None = None
+        self._out_of_date = 0
         self._disarmed_at = float("-inf")
         self._finds: deque[tuple[float, int]] = deque()
         self._found = 0
@@ -192,15 +193,20 @@ class Claimer:
     def serve(self, queue: str) -> None:
         """Serve one more queue, and ask to be woken for it too."""
         self._lanes.add(queue)
-        self._armed_at = None
+        self._arm_anew()
         self.wake()
 
     def hear(self, hears: bool, poll_interval: float) -> None:
         """Notifications reach this worker from now on, or do not; look for jobs in either case."""
         self.hears = hears
         self._poll_interval = poll_interval
-        self._armed_at = None
+        self._arm_anew()
         self.wake()
+
+    def _arm_anew(self) -> None:
+        """The hint says too little: also one that is on its way."""
+        self._armed_at = None
+        self._out_of_date += 1
 
     def wake(self, queue: str | None = None) -> None:
         """Look for jobs now: somebody said there are some, in this queue."""
@@ -364,6 +370,7 @@ class Claimer:
         hint: bool | None = None
         shared = False
         held: set[str] | None = None
+        out_of_date = self._out_of_date
         worker = self._identity.id
         if wanted:
             plan = self._lanes.plan(wanted, now, to_the_end=self._looking)
@@ -417,7 +424,7 @@ class Claimer:
             self._settled(nodes, answers[bool(acks)][0])
         if plan is not None:
             if hint is not None:
-                self._armed_at = now if hint else None
+                self._armed_at = now if hint and out_of_date == self._out_of_date else None
                 self._disarmed_at = self._disarmed_at if hint else now
             rows = answers[-1]
             if held is not None:

@@ -360,8 +360,7 @@ class Supervisor:
     def _on_notify(self, queue: str) -> None:
         if self._everything and queue not in self._pools.own.lanes:
             self._maintenance.look_for_queues()
-        if queue != EVERY_QUEUE:
-            self._pools.wake(queue)
+        self._pools.wake(queue if queue != EVERY_QUEUE else None)
         self._maintenance.look_for_due_jobs(AFTER_THE_CLAIM)
 
     def _on_control(self, what: str) -> None:

@@ -51,10 +51,15 @@ class CountingLink(Link):
     transactions: list[tuple[str, ...]]
     refused: frozenset[str] = frozenset()
     """Statements that the server refuses in the company of others."""
+    meanwhile: Callable[[], None] | None = None
+    """What happens once, while the answer to the next wish to be woken is on its way."""
 
     async def run(self, *groups: Sequence[Call]) -> list[list[list[Row]]]:
         self.transactions += [tuple(call.name for call in group) for group in groups]
-        return await super().run(*map(self._spoilt, groups))
+        answers = await super().run(*map(self._spoilt, groups))
+        if self.meanwhile and any(call.name == "arm_wake" for group in groups for call in group):
+            self.meanwhile = self.meanwhile()
+        return answers
 
     def _spoilt(self, group: Sequence[Call]) -> Sequence[Call]:
         if len(group) == 1 or not self.refused & {call.name for call in group}:
@@ -263,6 +268,23 @@ def test_new_queues_are_found_without_a_notification(
         await until(lambda: worker.dispatcher.waiting)
         assert worker.found == ["new"]
         assert fast_clock() - before < 10
+
+    fast(worker.play(scene))
+
+
+def test_a_queue_found_while_a_hint_is_on_its_way_has_one_too(
+    db: str, fast: Callable[[Awaitable[None]], None]
+) -> None:
+    worker = Worker(db)
+
+    async def scene() -> None:
+        link = worker.links["claim"]
+        link.meanwhile = lambda: worker.claimer.serve("new")
+        await until(lambda: link.meanwhile is None)
+        await until(lambda: worker.claimer.asleep)
+        with psycopg.connect(db, autocommit=True) as connection:
+            query = "select queue from pgqueue.wake where wake_until > clock_timestamp()"
+            assert "new" in [queue for (queue,) in connection.execute(query)]
 
     fast(worker.play(scene))
 
