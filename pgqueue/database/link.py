@@ -44,6 +44,8 @@ Row = tuple[Any, ...]
 
 QUERY_CANCELED = "57014"
 """SQLSTATE of a statement that took longer than it may."""
+LOCK_NOT_AVAILABLE = "55P03"
+"""SQLSTATE of one that waited for a lock for longer than it may."""
 PREPARE_AT = 5
 """A statement is prepared when it is used for the fifth time, as psycopg does it."""
 

@@ -30,7 +30,7 @@ from typing import Protocol
 
 from pgqueue.config import Config
 from pgqueue.database.dsn import RETRY_MOST, retry_delay
-from pgqueue.database.link import QUERY_CANCELED, Call, GroupFailed, Link, Row
+from pgqueue.database.link import LOCK_NOT_AVAILABLE, QUERY_CANCELED, Call, GroupFailed, Link, Row
 from pgqueue.errors import DatabaseUnavailable
 from pgqueue.failpoints import failpoint
 from pgqueue.job import Progress
@@ -61,6 +61,10 @@ RUNNING_INTERVAL = 0.8
 """Seconds at least between heartbeats that tell of running jobs: what they say is seen within a second."""
 RUNNING_AFTER = 1.0
 SHARE_INTERVAL = 0.1
+NOTIFY_WITHIN = 0.2
+"""Seconds that telling others of work may wait for the server's lock of NOTIFY: whoever commits slowly holds
+it. They look by themselves, and the heartbeat has the same connection."""
+NOTIFY_AGAIN = 5.0
 CANCEL_INTERVAL = 1.0
 """Seconds between looks for cancelled jobs among those that run; a notification is quicker."""
 NOTIFY_QUEUE_INTERVAL = 10.0
@@ -194,6 +198,7 @@ class Maintenance:
         self._to_share: set[str] = set()
         self._last_share = float("-inf")
         self._looked_at = float("-inf")
+        self._tell_at = float("-inf")
         self._last_promotion = float("-inf")
         self._last_discovery = float("-inf")
         self._apart_until: dict[str, float] = {}
@@ -235,7 +240,7 @@ class Maintenance:
         queues, self._to_share = sorted(self._to_share), set()
         self._share_at.at, self._last_share = float("inf"), clock()
         if queues:
-            await self._link.call("notify_workers", queues=queues)
+            await self._tell(Call("notify_workers", {"queues": queues}))
 
     async def register(self) -> None:
         """Put this worker on the list, before its first claim."""
@@ -624,7 +629,22 @@ class Maintenance:
         """Jobs have become ready without an enqueue: tell ourselves, and whoever sleeps."""
         self._wake()
         if queues:
-            await self._link.call("wake_workers", queues=queues, eta=None)
+            await self._tell(Call("wake_workers", {"queues": queues, "eta": None}))
+
+    async def _tell(self, call: Call) -> None:
+        """Notify others, unless it takes long: then for a while nobody is told."""
+        now = clock()
+        if now < self._tell_at:
+            return
+        within = f"{NOTIFY_WITHIN:g}s"
+        timeouts = Call("set_timeouts", {"statement_timeout": "1s", "lock_timeout": within})
+        try:
+            await self._link.run([timeouts, call])
+        except GroupFailed as error:
+            if error.sqlstate not in (LOCK_NOT_AVAILABLE, QUERY_CANCELED):
+                raise
+            self._tell_at = now + NOTIFY_AGAIN
+            log.debug("notify_gave_up error=%s", error)
 
     def _running_changed(self, now: float) -> bool:
         """Whether the jobs known to be running, or how far they are, differ from what the last heartbeat
