@@ -19,7 +19,6 @@ import psycopg
 from psycopg import sql
 
 from pgqueue.database.dsn import connect_options, cut, is_pooled, one_line, retry_delay
-from pgqueue.database.waiting import ready
 
 log = logging.getLogger("pgqueue.worker")
 
@@ -142,14 +141,28 @@ class Listener:
 
 
 async def _read_for_ever(connection: psycopg.AsyncConnection) -> None:
-    """Pass on what is notified, as psycopg's `notifies` does, without waking up in between."""
-    pgconn = connection.pgconn
-    while True:
-        while (found := pgconn.notifies()) is not None:
-            if pgconn.notify_handler is not None:
-                pgconn.notify_handler(found)
-        await ready(pgconn.socket)
-        pgconn.consume_input()
+    """Pass on what is notified, in the event loop's callback itself: a job waits for it."""
+    pgconn, loop = connection.pgconn, asyncio.get_running_loop()
+    descriptor = pgconn.socket
+    broken: asyncio.Future[None] = loop.create_future()
+
+    def hear() -> None:
+        try:
+            pgconn.consume_input()
+            while (found := pgconn.notifies()) is not None:
+                if pgconn.notify_handler is not None:
+                    pgconn.notify_handler(found)
+        except Exception as error:
+            loop.remove_reader(descriptor)
+            if not broken.done():
+                broken.set_exception(error)
+
+    loop.add_reader(descriptor, hear)
+    hear()  # what came with the answers to LISTEN
+    try:
+        await broken
+    finally:
+        loop.remove_reader(descriptor)
 
 
 def _on_channel(command: LiteralString, channel: str) -> sql.Composed:

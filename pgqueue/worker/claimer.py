@@ -7,9 +7,10 @@ every lane from the beginning.
 
 Going to sleep, in this order: arm the wake hint and commit, look once more, wait. A producer that commits
 later sees the hint and notifies; one that read "nobody sleeps" and commits within t is found by the polls,
-2 ms after the last job, then 4, 8 …, so about t later. A worker that keeps up with more than two hundred jobs
-a second disarms the hint instead: with it every producer would pay for a NOTIFY, and polling every few
-milliseconds is cheaper for both.
+2 ms after the hint was armed, then 4, 8 …, so about t later. As long as it stays armed, jobs that come change
+nothing about that: a lone job costs a claim, and an ack that looks for more. A worker that keeps up with more
+than two hundred jobs a second disarms the hint instead: with it every producer would pay for a NOTIFY, and
+polling every few milliseconds is cheaper for both.
 
 Asleep, it renews the hint in the transaction of each look, after the look: the hint still holds meanwhile, so
 only the first arming has to be committed before. (Renewed before it, the transaction would have its id before
@@ -307,11 +308,11 @@ class Claimer:
             if self._first_outcome is not None:
                 deadline = min(deadline, self._flush_at(now))
             self._event.clear()
+            alarm = asyncio.get_running_loop().call_later(max(deadline - now, 0.0005), self._event.set)
             try:
-                async with asyncio.timeout(max(deadline - now, 0.0005)):
-                    await self._event.wait()
-            except TimeoutError:
-                pass
+                await self._event.wait()
+            finally:
+                alarm.cancel()
         self._event.clear()
 
     async def _alive(self) -> bool:
@@ -426,6 +427,8 @@ class Claimer:
             if hint is not None:
                 self._armed_at = now if hint and out_of_date == self._out_of_date else None
                 self._disarmed_at = self._disarmed_at if hint else now
+                if not shared:
+                    self._pause = FIRST_PAUSE
             rows = answers[-1]
             if held is not None:
                 self._put_off_strays()
@@ -497,6 +500,8 @@ class Claimer:
             # Look to the end, with the hint armed, before going to sleep; in a rush let some jobs gather.
             self._looking = True
             rest = max(RUSH_PAUSE, self._gathering()) if self._rushing(now) else 0.0
+            if claim.jobs and self._armed_at is not None:
+                rest = max(rest, FIRST_PAUSE)  # nobody is unheard: the ack of a short job can go along
             self._look_again_at = now + (rest if claim.jobs else max(rest, plan.pause))
         else:
             self._found_nothing(now)
@@ -527,7 +532,8 @@ class Claimer:
         if claim.jobs:
             self._finds.append((now, len(claim.jobs)))
             self._found += len(claim.jobs)
-            self._pause = FIRST_PAUSE
+            if self._armed_at is None:
+                self._pause = FIRST_PAUSE
             self._take(self._in_order(plan, claim))
             if more and not self._dispatcher.free_slots:
                 self._share(sorted({job.queue for job in claim.jobs}))
