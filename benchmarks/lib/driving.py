@@ -305,6 +305,8 @@ def _open_loop(driver: Driver, rate: float, seconds: float) -> dict[str, Any]:
 
     def threads() -> None:
         connected = [driver.connect() for _ in range(clients)]
+        for client in connected:
+            client.single()  # the first call may connect, and prepare
         start = time.monotonic() + 0.1
 
         def loop(n: int) -> None:
@@ -321,6 +323,8 @@ def _open_loop(driver: Driver, rate: float, seconds: float) -> dict[str, Any]:
 
     async def coroutines() -> None:
         connected = [await driver.connect() for _ in range(clients)]
+        for client in connected:
+            await client.single()
         start = time.monotonic() + 0.1
 
         async def loop(n: int) -> None:

@@ -1,5 +1,5 @@
 """What a queue could do at best here: raw psycopg on a table like `pgqueue.jobs`, with its columns, checks
-and indexes. No execution, history or fencing.
+and indexes. No history or fencing; of the tasks, only `stamp` does something, in the loop that claims.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ CREATE TABLE IF NOT EXISTS bench_jobs (LIKE pgqueue.jobs INCLUDING ALL) WITH (
 )
 """
 INSERT = "INSERT INTO bench_jobs (id, task, args) VALUES (%s, %s, %s)"
+INSERT_AND_NOTIFY = f"WITH job AS ({INSERT}) SELECT pg_notify('bench_jobs', '')"
 COPY = "COPY bench_jobs (id, task, args) FROM STDIN"
 CLAIM = """
 UPDATE bench_jobs SET state = 'running' WHERE id = ANY (ARRAY(
@@ -29,6 +30,8 @@ UPDATE bench_jobs SET state = 'running' WHERE id = ANY (ARRAY(
     ORDER BY position LIMIT 500 FOR UPDATE SKIP LOCKED))
 RETURNING id, position, task, args
 """
+LOOK_AGAIN = 0.05
+"""Seconds: COPY notifies nobody."""
 DELETE = "DELETE FROM bench_jobs WHERE id = ANY (%s)"
 
 
@@ -53,7 +56,8 @@ class Client:
             self._connection.execute(INSERT, [new_id(), "noop", "[]"])
 
     def stamp(self, nanoseconds: int) -> None:
-        raise driving.Unsupported("nobody is woken")
+        self._connection.execute(INSERT_AND_NOTIFY, [new_id(), "stamp", json.dumps([nanoseconds])])
+        self._connection.commit()
 
     def close(self) -> None:
         self._connection.close()
@@ -81,16 +85,20 @@ class Driver:
 
         signal.signal(signal.SIGTERM, stop)
         with psycopg.connect(driving.url(), autocommit=True) as connection:
+            connection.execute("LISTEN bench_jobs")
             print("ready", flush=True)
             cursor = 0
             while not stopped:
                 rows = connection.execute(CLAIM, [cursor]).fetchall()
                 # From the start again when nothing is left: a late commit may be behind the cursor.
                 cursor = max(row[1] for row in rows) if rows else 0
+                for _, _, task, args in rows:
+                    if task == "stamp":
+                        driving.record_stamp(*args)
                 if rows:
                     connection.execute(DELETE, [[row[0] for row in rows]])
                 else:
-                    signal.sigtimedwait([], 0.005)
+                    list(connection.notifies(timeout=LOOK_AGAIN, stop_after=1))
 
 
 if __name__ == "__main__":
