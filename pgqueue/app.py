@@ -548,22 +548,20 @@ class PgQueue:
             )
         calls = list(signatures)
         adds_nothing = current_request.get() is None and not self.hooks.has("before_enqueue")
-        ids = new_ids(len(calls))
-        requests = [self._request_of(*each, adds_nothing) for each in zip(calls, ids, strict=True)]
-        if wrong := next((each for each in requests if each.on_conflict != "return"), None):
-            raise ValueError(
-                f"enqueue_many takes on_conflict='return' only, got {wrong.on_conflict!r} for {wrong.task}; "
-                "enqueue such jobs one by one"
-            )
+        tasks = self._tasks if adds_nothing else {}
+        requests = []
+        for call, job_id in zip(calls, new_ids(len(calls)), strict=True):
+            task = tasks.get(call.task) if type(call) is Signature else None
+            if task is None or call.options or call.links or call.error_links:
+                requests.append(self._request_of(call))
+                continue
+            if type(call.args) is not tuple or call.kwargs:
+                check_arguments(call.task, call.args, call.kwargs)
+            requests.append(task.plain_request(job_id, call.args, call.kwargs))
         return requests
 
-    def _request_of(self, signature: object, job_id: str, adds_nothing: bool) -> JobRequest:
-        """The request of one call among many; this id is for it unless it brings its own."""
-        if adds_nothing and isinstance(signature, Signature):
-            task = self._tasks.get(signature.task)
-            if task and not (signature.options or signature.links or signature.error_links):
-                check_arguments(signature.task, signature.args, signature.kwargs)
-                return task.plain_request(job_id, signature.args, signature.kwargs)
+    def _request_of(self, signature: object) -> JobRequest:
+        """The request of one call among many, whatever it is."""
         if not isinstance(signature, Signature):
             raise TypeError(f"enqueue_many takes calls made with task.s(...), got {shown(signature)}")
         if signature.options:
@@ -573,7 +571,13 @@ class PgQueue:
         if signature.task not in self._tasks:
             check_task_name(signature.task)
         without_links("enqueue_many", signature)
-        return self.request_for(signature.task, signature.args, signature.kwargs, signature.options)
+        request = self.request_for(signature.task, signature.args, signature.kwargs, signature.options)
+        if request.on_conflict != "return":
+            raise ValueError(
+                f"enqueue_many takes on_conflict='return' only, got {request.on_conflict!r} for "
+                f"{request.task}; enqueue such jobs one by one"
+            )
+        return request
 
     def request_for(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]

@@ -53,9 +53,8 @@ class Application(Encoder, Protocol):
 class Canvas(Generic[R]):
     """What can be enqueued as a whole: a `Signature`, or a `chain`, `group` or `chord` of such."""
 
-    def __init__(self) -> None:
-        self.links: list[Canvas[Any]] = []
-        self.error_links: list[Canvas[Any]] = []
+    links: tuple[Canvas[Any], ...] = ()
+    error_links: tuple[Canvas[Any], ...] = ()
 
     def parts(self) -> Iterable[Canvas[Any]]:
         """What it is made of."""
@@ -89,14 +88,14 @@ class Canvas(Generic[R]):
 
     def link(self, other: Canvas[Any]) -> Canvas[R]:
         """Run this too when it has succeeded, with its result in front of the arguments; returns itself."""
-        self.links.append(_part("link", other))
+        self.links += (_part("link", other),)
         return self
 
     def link_error(self, handler: Signature[Any]) -> Canvas[R]:
         """Run this when it has failed, with the id of the job at fault in front of the arguments; returns
         itself.
         """
-        self.error_links.append(_part("link_error", handler))
+        self.error_links += (_part("link_error", handler),)
         return self
 
     on_error = link_error
@@ -214,12 +213,10 @@ class Signature(Canvas[R]):
         app: Any = None,
         immutable: bool = False,
     ) -> None:
-        super().__init__()
         self.task = task
         self.args = args if type(args) is tuple else _arguments(task, args, kwargs)
-        self.kwargs: Mapping[str, Any] = {} if kwargs is None else kwargs
-        if type(self.kwargs) is dict:
-            self.kwargs = dict(self.kwargs)  # the caller's may change
+        # The caller's may change.
+        self.kwargs = (dict(kwargs) if type(kwargs) is dict else kwargs) if kwargs is not None else {}
         self.options = options or {}
         self.app = app
         self.immutable = immutable
@@ -255,7 +252,7 @@ class Signature(Canvas[R]):
             app=self.app,
             immutable=self.immutable,
         )
-        copy.links, copy.error_links = list(self.links), list(self.error_links)
+        copy.links, copy.error_links = self.links, self.error_links
         return copy
 
     def __deepcopy__(self, memo: object) -> Signature[R]:
@@ -333,7 +330,6 @@ class chain(Canvas[Any]):
     """
 
     def __init__(self, *steps: Canvas[Any] | Iterable[Canvas[Any]]) -> None:
-        super().__init__()
         self.steps = [step for part in _parts("chain", steps) for step in _steps(part)]
         if not self.steps:
             raise ValueError("a chain needs at least one step")
@@ -367,7 +363,6 @@ class group(Canvas[list[Any]]):
     def __init__(
         self, *members: Canvas[Any] | Iterable[Canvas[Any]], on_member_failure: OnMemberFailure = "fail"
     ) -> None:
-        super().__init__()
         self.members = _parts("group", members)
         self.on_member_failure = _checked_failure(on_member_failure)
 
@@ -410,7 +405,6 @@ class chord(Canvas[Any]):
         *,
         on_member_failure: OnMemberFailure | None = None,
     ) -> None:
-        super().__init__()
         self.header = header if isinstance(header, group) else group(*_parts("chord", (header,)))
         if on_member_failure is not None:
             linked = self.header
@@ -530,10 +524,8 @@ def _steps(part: Canvas[Any]) -> list[Canvas[Any]]:
     return [part]
 
 
-def _listed(where: str, given: object) -> list[Canvas[Any]]:
-    if given is None:
-        return []
-    return _parts(where, (given,))
+def _listed(where: str, given: object) -> tuple[Canvas[Any], ...]:
+    return () if given is None else tuple(_parts(where, (given,)))
 
 
 def _app_of(canvas: Canvas[Any]) -> Application:

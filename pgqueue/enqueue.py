@@ -239,8 +239,8 @@ def _before_commit(plan: Plan[T], channel: Channel) -> Steps[T]:
 
 
 _COPY_COLUMNS: Final = (
-    "id", "state", "queue", "task", "args", "kwargs", "priority", "eta", "expires_at", "max_retries",
-    "headers",
+    "id", "state", "queue", "priority", "task", "args", "kwargs", "headers", "eta", "expires_at",
+    "max_retries",
 )  # fmt: skip
 
 
@@ -270,20 +270,23 @@ def _copy_line(request: JobRequest, state: str, eta: datetime | None, expires_at
 
     Names have no control characters and JSON escapes its own, so the backslash is all there is to double.
     """
+    line = (
+        f"{request.id}\t{state}\t{request.queue}\t{request.priority}"
+        f"\t{request.task}\t{request.args}\t{request.kwargs}\t{request.headers}"
+    )
+    if "\\" in line:
+        line = line.replace("\\", "\\\\")
+    if eta is None and expires_at is None and request.max_retries is None:
+        return line + _NULLS
     return (
-        f"{request.id}\t{state}\t{request.queue}\t{_doubled(request.task)}\t{_doubled(request.args)}"
-        f"\t{_doubled(request.kwargs)}\t{request.priority}"
-        f"\t{_null if eta is None else eta.isoformat()}"
+        f"{line}\t{_null if eta is None else eta.isoformat()}"
         f"\t{_null if expires_at is None else expires_at.isoformat()}"
-        f"\t{_null if request.max_retries is None else request.max_retries}\t{_doubled(request.headers)}\n"
+        f"\t{_null if request.max_retries is None else request.max_retries}\n"
     )
 
 
 _null: Final = r"\N"
-
-
-def _doubled(text: str) -> str:
-    return text.replace("\\", "\\\\") if "\\" in text else text
+_NULLS: Final = f"\t{_null}\t{_null}\t{_null}\n"
 
 
 def _jobs_json(requests: Sequence[JobRequest], now: float) -> str:

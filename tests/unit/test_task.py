@@ -329,7 +329,7 @@ class TestSignature:
         assert other.args == (1, 2)
         assert other.kwargs == {"text": "y"}
         assert one.options == {"queue": "q"}
-        assert other.links == one.links == [note.si(3)]
+        assert other.links == one.links == (note.si(3),)
 
 
 class TestOptions:
