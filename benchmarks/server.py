@@ -35,7 +35,8 @@ HERE = Path(__file__).resolve().parent
 class Server:
     """A PostgreSQL to make databases on: the embedded one, or the one that a DSN names.
 
-    As a context manager it runs from enter to exit.
+    As a context manager it runs from enter to exit. A SIGTERM meanwhile ends this process in order: workers
+    and servers that it has started end with it.
     """
 
     def __init__(self, dsn: str | None = None) -> None:
@@ -43,6 +44,7 @@ class Server:
         self._dsn = dsn
 
     def __enter__(self) -> Server:
+        self._before = signal.signal(signal.SIGTERM, _leave)
         if self._embedded is not None:
             self._dsn = self._embedded.start()
         return self
@@ -52,6 +54,7 @@ class Server:
     ) -> None:
         if self._embedded is not None:
             self._embedded.stop()
+        signal.signal(signal.SIGTERM, self._before)
 
     @property
     def dsn(self) -> str:
@@ -82,6 +85,11 @@ class Server:
             "psycopg": psycopg.__version__,
             **{name: row[0] if row else None for name, row in settings.items()},
         }
+
+
+def _leave(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough, and ending takes a moment
+    raise SystemExit(128 + number)
 
 
 @contextmanager
