@@ -7,6 +7,7 @@ two of ours. Results are kept as they come, in JSON; what is there already is no
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 import traceback
@@ -146,6 +147,10 @@ def _shown(figures: Any) -> str:
 
 
 def _number(value: Any) -> str:
+    if isinstance(value, list):  # of rounds, or of the samples of each round
+        if any(isinstance(each, list) for each in value):
+            return _number(statistics.median(each for samples in value for each in samples))
+        return _number(statistics.median(value)) if value else "–"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)

@@ -26,6 +26,15 @@ PAGE = HERE.parent / "docs" / "performance.md"
 IMAGES = HERE.parent / "docs" / "img"
 MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 NOTHING = "Not measured yet."
+CASES = {
+    "none": "none scheduled",
+    "beside": "a million scheduled",
+    "clean": "nothing held",
+    "held": "a snapshot held",
+    "one": "one lane",
+    "spread": "2,000 lanes",
+}
+"""Those of own.py in words; a case that is a number is so many jobs waiting."""
 Bars = dict[str, Any]
 
 
@@ -256,10 +265,22 @@ class Report:
         return _markdown(["", "settings", "gives up for it"], rows)
 
     def _own(self, measure: str) -> Callable[[], str]:
+        """One of own.py's measures: a row per figure, a column per case."""
+
         def table() -> str:
-            figures = self._results.variants(measure, OURS).get("", {})
-            rows = [[name.replace("_", " "), self._of(OURS, measure, "", name)] for name in figures]
-            return _markdown(["figure", "is"], rows)
+            found = self._results.variants(measure, OURS).get("", {})
+            cells: dict[str, dict[str, Any]] = {}
+            for path, value in found.items():
+                kind, *rest = path.split(" / ")
+                if kind in ("runs", "sizes"):
+                    cells.setdefault(" / ".join(rest[1:]), {})[rest[0]] = value
+            cases = list(dict.fromkeys(case for each in cells.values() for case in each))
+            rows = [
+                [_figure_name(figure), *(_spread(each.get(case)) for case in cases), _spread(ratio)]
+                for figure, each in cells.items()
+                for ratio in [found.get(f"ratio / {figure.removesuffix(' / rate')}")]
+            ]
+            return _markdown(["", *map(_case_name, cases), "ratio"], rows)
 
         return table
 
@@ -312,6 +333,27 @@ def _middle(values: Sequence[float]) -> str:
     if len(values) == 1:
         return _number(values[0])
     return f"{_number(statistics.median(values))} ({_number(min(values))}–{_number(max(values))})"
+
+
+def _spread(value: Any) -> str:
+    """A figure of all rounds; of samples, p50 and p99 of them all."""
+    values = [value] if isinstance(value, (int, float)) else list(value or [])
+    if not values or not isinstance(values[0], list):
+        return _middle(values)
+    samples = sorted(each for some in values for each in some)
+    return f"{_number(samples[len(samples) // 2])}, p99 {_number(samples[len(samples) * 99 // 100])}"
+
+
+def _figure_name(path: str) -> str:
+    name, *rest = path.removesuffix(" / rate").replace("_us", " µs").replace("_ms", ", ms").split(" / ")
+    kind = ["jobs/s"] if path.endswith(" / rate") else []
+    return ", ".join(
+        [name.replace("_", " "), *(f"`{each}`" if "_" in each else each for each in rest), *kind]
+    )
+
+
+def _case_name(case: str) -> str:
+    return CASES.get(case) or f"{int(case):,} waiting"
 
 
 def _limit(target: dict[str, Any], name: str) -> str:
