@@ -81,6 +81,7 @@ class Peer:
         appear: SQL that makes so many no-op jobs appear at once, for a worker that is up and idle; None:
             there is none, and the worker starts with a full queue.
         table: Where the jobs are, if they are in one table that can be emptied into another and back.
+        renumber: SQL that makes the rows of `bench_aside` the youngest, where a worker goes by that.
         wake: SQL that tells a worker that rows were put there, if the table itself does not.
         ready: The worker serves when this has been printed.
     """
@@ -95,6 +96,7 @@ class Peer:
     reset: str | None = None
     appear: str | None = None
     table: str | None = None
+    renumber: str | None = None
     wake: str | None = None
     ready: str = "ready"
     runtime: str = "python"
@@ -245,7 +247,7 @@ class Bed:
     def put_back(self) -> None:
         """They are there again when the caller's transaction commits."""
         back = f"INSERT INTO {self.peer.table} OVERRIDING SYSTEM VALUE SELECT * FROM bench_aside; ANALYZE"
-        self.watch.connection.execute(f"{back}; {self.peer.wake or ''}".encode())
+        self.watch.connection.execute(f"{self.peer.renumber or ''}; {back}; {self.peer.wake or ''}".encode())
 
     def remaining(self) -> int:
         """How many jobs are not done yet."""
