@@ -555,7 +555,7 @@ class PgQueue:
             if task is None or call.options or call.links or call.error_links:
                 requests.append(self._request_of(call))
                 continue
-            if type(call.args) is not tuple or call.kwargs:
+            if type(call.args) is not tuple or type(call.kwargs) is not dict or call.kwargs:
                 check_arguments(call.task, call.args, call.kwargs)
             requests.append(task.plain_request(job_id, call.args, call.kwargs))
         return requests

@@ -228,3 +228,8 @@ class TestRefused:
             app.enqueue_many([add.s(1, 1).link(add.s(1))])
         with pytest.raises(ValueError, match="enqueue_many takes no links"):
             app.enqueue_many([Signature("a.b", (), {}, {"link": add.s(1)})])
+
+    @pytest.mark.parametrize("kwargs", [[], "", 0])
+    def test_arguments_that_are_no_mapping_are_refused_though_empty(self, kwargs: Any) -> None:
+        with pytest.raises(TypeError, match="kwargs must be a mapping"):
+            app.enqueue_many([Signature(add.name, (1, 1), kwargs)])
