@@ -272,13 +272,14 @@ def _latencies(place: Bed, rate: float, seconds: float) -> Figures:
     done = place.driver("produce", "--rate", rate, "--seconds", seconds)
     values = _read_stamps(place, done["jobs"])
     return {
-        **{f"p{part}_ms": _percentile(values, part / 100) for part in (50, 95, 99)},
+        **{f"p{part}_ms": percentile(values, part / 100) for part in (50, 95, 99)},
         "samples": len(values),
         "behind_ms": done["behind_ms"],
     }
 
 
-def _percentile(ordered: Sequence[float], part: float) -> float:
+def percentile(ordered: Sequence[float], part: float) -> float:
+    """The value that so large a part of the ordered ones lies below."""
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measures import percentile
 from benchmarks.peer import OURS, Peer, PeerError, environment, find_peers
 from benchmarks.results import Results
 
@@ -28,13 +29,13 @@ MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", 
 NOTHING = "Not measured yet."
 CASES = {
     "none": "none scheduled",
-    "beside": "a million scheduled",
+    "beside": "{later:,} scheduled",
     "clean": "nothing held",
     "held": "a snapshot held",
     "one": "one lane",
-    "spread": "2,000 lanes",
+    "spread": "{lanes:,} lanes",
 }
-"""Those of own.py in words; a case that is a number is so many jobs waiting."""
+"""Those of own.py in words, with figures of theirs; a case that is a number is so many jobs waiting."""
 Bars = dict[str, Any]
 
 
@@ -280,7 +281,7 @@ class Report:
                 for figure, each in cells.items()
                 for ratio in [found.get(f"ratio / {figure.removesuffix(' / rate')}")]
             ]
-            return _markdown(["", *map(_case_name, cases), "ratio"], rows)
+            return _markdown(["", *(_case_name(case, found) for case in cases), "ratio"], rows)
 
         return table
 
@@ -341,7 +342,7 @@ def _spread(value: Any) -> str:
     if not values or not isinstance(values[0], list):
         return _middle(values)
     samples = sorted(each for some in values for each in some)
-    return f"{_number(samples[len(samples) // 2])}, p99 {_number(samples[len(samples) * 99 // 100])}"
+    return f"{_number(percentile(samples, 0.5))}, p99 {_number(percentile(samples, 0.99))}"
 
 
 def _figure_name(path: str) -> str:
@@ -352,8 +353,8 @@ def _figure_name(path: str) -> str:
     )
 
 
-def _case_name(case: str) -> str:
-    return CASES.get(case) or f"{int(case):,} waiting"
+def _case_name(case: str, figures: dict[str, Any]) -> str:
+    return CASES[case].format_map(figures) if case in CASES else f"{int(case):,} waiting"
 
 
 def _limit(target: dict[str, Any], name: str) -> str:

@@ -215,8 +215,9 @@ class Signature(Canvas[R]):
     ) -> None:
         self.task = task
         self.args = args if type(args) is tuple else _arguments(task, args, kwargs)
-        # The caller's may change.
-        self.kwargs = (dict(kwargs) if type(kwargs) is dict else kwargs) if kwargs is not None else {}
+        if kwargs is None:
+            kwargs = {}
+        self.kwargs = dict(kwargs) if type(kwargs) is dict else kwargs  # the caller's may change
         self.options = options or {}
         self.app = app
         self.immutable = immutable

@@ -196,6 +196,21 @@ def _call(client: Any, mode: str, jobs: int = BATCH) -> Any:
     return client.single() if mode == "single" else client.transaction()
 
 
+def _connected(driver: Driver, count: int, mode: str) -> list[Any]:
+    """So many clients that have made one call each: the first may connect, and prepare."""
+    clients = [driver.connect() for _ in range(count)]
+    for client in clients:
+        _call(client, mode, 1)
+    return clients
+
+
+async def _connected_async(driver: Driver, count: int, mode: str) -> list[Any]:
+    clients = [await driver.connect() for _ in range(count)]
+    for client in clients:
+        await _call(client, mode, 1)
+    return clients
+
+
 def _closed_loop(driver: Driver, mode: str, clients: int, seconds: float) -> dict[str, Any]:
     processes = min(clients, os.cpu_count() or 1)
     shares = [clients // processes + (n < clients % processes) for n in range(processes)]
@@ -238,9 +253,7 @@ def _closed_loop(driver: Driver, mode: str, clients: int, seconds: float) -> dic
 def _loop_threads(
     driver: Driver, mode: str, share: int, seconds: float, start: Callable[[], object]
 ) -> tuple[int, float, float]:
-    clients = [driver.connect() for _ in range(share)]
-    for client in clients:
-        _call(client, mode, 1)
+    clients = _connected(driver, share, mode)
     done = [0] * share
     start()
     begun = time.monotonic()
@@ -278,9 +291,7 @@ def _loop_async(
         return calls
 
     async def everything() -> tuple[int, float, float]:
-        clients = [await driver.connect() for _ in range(share)]
-        for client in clients:
-            await _call(client, mode, 1)
+        clients = await _connected_async(driver, share, mode)
         start()
         begun = time.monotonic()
         calls = await asyncio.gather(*(loop(client, begun + seconds) for client in clients))
@@ -304,9 +315,7 @@ def _open_loop(driver: Driver, rate: float, seconds: float) -> dict[str, Any]:
     done = [0] * clients
 
     def threads() -> None:
-        connected = [driver.connect() for _ in range(clients)]
-        for client in connected:
-            client.single()  # the first call may connect, and prepare
+        connected = _connected(driver, clients, "single")
         start = time.monotonic() + 0.1
 
         def loop(n: int) -> None:
@@ -322,9 +331,7 @@ def _open_loop(driver: Driver, rate: float, seconds: float) -> dict[str, Any]:
             client.close()
 
     async def coroutines() -> None:
-        connected = [await driver.connect() for _ in range(clients)]
-        for client in connected:
-            await client.single()
+        connected = await _connected_async(driver, clients, "single")
         start = time.monotonic() + 0.1
 
         async def loop(n: int) -> None:

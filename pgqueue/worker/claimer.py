@@ -501,9 +501,11 @@ class Claimer:
             # Look to the end, with the hint armed, before going to sleep; in a rush let some jobs gather.
             self._looking = True
             rest = max(RUSH_PAUSE, self._gathering()) if self._rushing(now) else 0.0
-            if claim.jobs and self._armed_at is not None:
+            if not claim.jobs:
+                rest = max(rest, plan.pause)
+            elif self._armed_at is not None:
                 rest = max(rest, FIRST_PAUSE)  # nobody is unheard: the ack of a short job can go along
-            self._look_again_at = now + (rest if claim.jobs else max(rest, plan.pause))
+            self._look_again_at = now + rest
         else:
             self._found_nothing(now)
             if self._tasks:

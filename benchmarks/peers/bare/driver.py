@@ -30,9 +30,9 @@ UPDATE bench_jobs SET state = 'running' WHERE id = ANY (ARRAY(
     ORDER BY position LIMIT 500 FOR UPDATE SKIP LOCKED))
 RETURNING id, position, task, args
 """
+DELETE = "DELETE FROM bench_jobs WHERE id = ANY (%s)"
 LOOK_AGAIN = 0.05
 """Seconds: COPY notifies nobody."""
-DELETE = "DELETE FROM bench_jobs WHERE id = ANY (%s)"
 
 
 class Client:
