@@ -53,6 +53,8 @@ STALL = 0.02
 DEAF = 0.5
 """Seconds a job on its own may wait in an executor before it is taken back. Not less: a thread that waits for
 the interpreter would find its job gone each time."""
+DEAF_TO_LARGE = 10.0
+"""The same for one whose arguments were sent on their own: megabytes take a while to be written and read."""
 OTHERS_GRACE = 5.0
 """Seconds that the other jobs of an executor have to end when one of them has reached its hard limit."""
 CANCEL_GRACE = 10.0
@@ -134,6 +136,7 @@ class Slot:
         progress: The job number seen on the board last, and since when.
         cancelling: Numbers of jobs that were told to end because somebody wants them cancelled, and since
             when.
+        loading: The number of the job whose arguments are loaded before it is sent; 0 for none.
         overdue: The number of the job that has reached its hard time limit; 0 for none.
         stuck: At the last look its job had been running for longer than one of a chunk should.
         deaf: It has not started what it was sent, and gets nothing until it is heard of: its process is
@@ -147,6 +150,7 @@ class Slot:
     next_number: int = 1
     progress: tuple[int, float] = (0, 0.0)
     cancelling: dict[int, float] = field(default_factory=dict)
+    loading: int = 0
     overdue: int = 0
     stuck: bool = False
     deaf: bool = False
@@ -295,6 +299,8 @@ class Dispatcher:
                     slot.progress = (slot.board.started, now)
                 for job in chunk:
                     self._send(slot, job)
+                if chunk[0].args is None:
+                    slot.loading = chunk[0].number
                 sendings.append((slot, chunk))
                 self._waiting_since = now
             if not self._waiting:
@@ -386,6 +392,11 @@ class Dispatcher:
         """Whether this executor is there and still has that job."""
         here = self.executors.get(slot.executor.index) is slot.executor
         return here and number in slot.in_flight
+
+    def loaded(self, slot: Slot, now: float) -> None:
+        """The arguments of the job that was to be sent are there: it is sent now."""
+        slot.loading = 0
+        slot.progress = (slot.board.started, now)
 
     def unreadable(self, slot: Slot, number: int, why: str) -> None:
         """The arguments of a job that was to be sent cannot be read from the database."""
@@ -526,8 +537,12 @@ class Dispatcher:
             if started != slot.progress[0]:
                 slot.progress = (started, now)
                 continue
-            unheard = started < min(slot.in_flight)
-            if slot.stuck and (len(slot.in_flight) > 1 or (unheard and now - slot.progress[1] >= DEAF)):
+            if slot.loading in slot.in_flight:
+                continue  # it waits for us
+            first = min(slot.in_flight)
+            unheard = started < first
+            patience = DEAF if slot.in_flight[first].args else DEAF_TO_LARGE
+            if slot.stuck and (len(slot.in_flight) > 1 or (unheard and now - slot.progress[1] >= patience)):
                 slot.deaf = unheard
                 self._recall(slot)
                 running = slot.in_flight.get(started)

@@ -421,6 +421,7 @@ class Supervisor:
             pool.claimer.poke()
             return
         ((args, kwargs, job.headers),) = rows
+        pool.dispatcher.loaded(slot, clock())
         self._processes.send(slot, [msgspec.structs.replace(job, args=args, kwargs=kwargs)])
 
     def on_message(self, executor: Executor, messages: list[FromExecutor]) -> None:

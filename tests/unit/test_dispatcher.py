@@ -13,6 +13,7 @@ from pgqueue.job import ClaimedJob
 from pgqueue.retry import RetryPolicy
 from pgqueue.worker.dispatcher import (
     CHUNK_JOBS,
+    DEAF_TO_LARGE,
     OTHERS_GRACE,
     PREFETCH_JOBS,
     STALL,
@@ -511,3 +512,19 @@ class TestFrozen:
             dispatcher.take_back_stalled(now)
         assert list(running.in_flight.values()) == [job]
         assert not running.deaf
+
+    def test_arguments_may_take_any_time_to_load(self, make: Callable[..., Dispatcher]) -> None:
+        dispatcher = make(2)
+        job = claimed(args=None)
+        dispatcher.add([job], 0.0)
+        assert sent(dispatcher, 0.0) == {1: [job.id]}
+        for now in (0.6, 60.0):
+            dispatcher.take_back_stalled(now)
+            assert dispatcher.waiting == 0
+        assert dispatcher.free_slots == 1
+        (loading, _) = dispatcher.slots
+        dispatcher.loaded(loading, 60.0)
+        dispatcher.take_back_stalled(60.0 + DEAF_TO_LARGE - 0.1)
+        assert dispatcher.waiting == 0
+        dispatcher.take_back_stalled(60.0 + DEAF_TO_LARGE)
+        assert sent(dispatcher, 60.0 + DEAF_TO_LARGE) == {2: [job.id]}, "but not to start"
