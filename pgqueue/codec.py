@@ -15,7 +15,6 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import accumulate
 from typing import Any, Final
 
 import msgspec
@@ -34,9 +33,8 @@ _MAX_PLANS = 256
 _TOO_SHORT_FOR_A_WRONG_INT = 600
 """An int of more than `MAX_INT_BITS` has more digits than that."""
 _NUL = b"\\u0000"
-_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
-_NOT_BRACKETS = re.compile(r"[^][{}]+")
-_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 _to_json = msgspec.json.Encoder().encode
@@ -319,12 +317,21 @@ def _parse(text: str, name: str, kind: type) -> Any:
 
 
 def _depth(text: str) -> int:
-    """How deep the JSON is nested, at most; before it is parsed, since the parser recurses on the C stack."""
+    """How deep the JSON is nested, at most; before it is parsed, since the parser recurses on the C stack.
+
+    Beyond what is allowed it may be less than it is.
+    """
     brackets = text.count("[") + text.count("{")
     if brackets <= MAX_DEPTH:
         return brackets
-    bare = _NOT_BRACKETS.sub("", _STRINGS.sub("", text))
-    return max(accumulate(map(_STEP.__getitem__, bare.encode())), default=0)
+    # Every other part between quotes is in a string. Then the innermost pairs go, level by level.
+    outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+    left = outside.encode(errors="replace").translate(_ONE_KIND, _NOT_BRACKETS)
+    levels = 0
+    while levels <= MAX_DEPTH + 1 and len(fewer := left.replace(b"[]", b"")) < len(left):
+        left = fewer
+        levels += 1
+    return levels + left.count(b"[")
 
 
 def _model_parts(value: object) -> Any:

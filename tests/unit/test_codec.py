@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import enum
+import json
 import math
 import sys
 import types
@@ -705,7 +706,8 @@ def test_deep_text_is_refused_before_it_is_parsed_whatever_the_recursion_limit()
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(10**6)
     try:
-        for text in ("[" * 1_000_000, '{"a":' * 200_000):
+        closed = "[" * 500_000 + "]" * 500_000
+        for text in ("[" * 1_000_000, '{"a":' * 200_000, closed, "[" + "[]," * 500 + closed + "]"):
             with pytest.raises(PayloadError, match="at most 64 levels"):
                 codec_for(Any).decode(text, "{}")
     finally:
@@ -716,6 +718,21 @@ def test_brackets_in_strings_are_not_depth() -> None:
     assert codec_for(str).decode('["' + "[{" * 500 + '"]', "{}") == (["[{" * 500], {})
     assert codec_for(str).decode('["\\"' + "[" * 500 + '"]', "{}") == (['"' + "[" * 500], {})
     assert codec_for(Any).decode("[[" + "[]," * 500 + "[]]]", "{}") == ([[[]] * 501], {})
+    escaped = "\\" * 3 + '"' + "]" * 500
+    assert codec_for(str).decode(json.dumps([escaped]), "{}") == ([escaped], {})
+
+
+@pytest.mark.parametrize("inside", [{}, {'a"]': "]}"}, ["\\", "]", '"[']])
+def test_the_deepest_place_counts_wherever_it_is(inside: object) -> None:
+    def text(levels: int) -> str:
+        deep = inside
+        for _ in range(levels):
+            deep = [deep]
+        return json.dumps([[inside] * 30 + [deep] + [inside] * 30])
+
+    codec_for(Any).decode(text(MAX_DEPTH - 2), "{}")
+    with pytest.raises(PayloadError, match="at most 64 levels"):
+        codec_for(Any).decode(text(MAX_DEPTH - 1), "{}")
 
 
 @settings(max_examples=300)
