@@ -290,7 +290,9 @@ class Bench:
     def _load(self, job: ClaimedJob) -> bool:
         """Fetch arguments that are too large to travel with a claim; False if they are not readable."""
         with self._session.transaction():
-            rows = self._session.run("load_payload", id=job.id, attempt=job.attempt, worker=self._worker)
+            rows = self._session.run(
+                "load_payloads", ids=[job.id], attempts=[job.attempt], workers=[self._worker]
+            )
         if not rows:
             self._dispatcher.unreadable(self._slot, job.number, "the row is gone")
             return False

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
@@ -44,6 +44,8 @@ SHORT = 0.001
 """Seconds: tasks that take less travel in chunks."""
 CHUNK_TIME = 0.005
 CHUNK_JOBS = 128
+LOAD_JOBS = 8
+"""Jobs whose arguments are loaded together, at most."""
 WORTH_SHARING = 0.0002
 """Seconds of work that one executor gets alone: waking another up for half of it takes longer."""
 PREFETCH_TIME = 0.1
@@ -136,7 +138,7 @@ class Slot:
         progress: The job number seen on the board last, and since when.
         cancelling: Numbers of jobs that were told to end because somebody wants them cancelled, and since
             when.
-        loading: The number of the job whose arguments are loaded before it is sent; 0 for none.
+        loading: The first number of the jobs whose arguments are loaded before they are sent; 0 for none.
         overdue: The number of the job that has reached its hard time limit; 0 for none.
         stuck: At the last look its job had been running for longer than one of a chunk should.
         deaf: It has not started what it was sent, and gets nothing until it is heard of: its process is
@@ -198,6 +200,7 @@ class Dispatcher:
         self._waiting: deque[ClaimedJob] = deque()
         self._waiting_since = 0.0
         self._condemned: list[Executor] = []
+        self._load_at_once = LOAD_JOBS
 
     @property
     def slots(self) -> Iterator[Slot]:
@@ -283,7 +286,7 @@ class Dispatcher:
                 self._waiting.append(job)
 
     def assign(self, now: float) -> list[tuple[Slot, list[ClaimedJob]]]:
-        """Jobs to send, by executor. A job without arguments is alone in its list: they must be loaded
+        """Jobs to send, by executor. All of a list have their arguments, or none has: they must be loaded
         first.
         """
         sendings: list[tuple[Slot, list[ClaimedJob]]] = []
@@ -291,7 +294,7 @@ class Dispatcher:
             return sendings
         # Idle executors first: topping up a busy one must not leave another without work.
         for slot in sorted(self._usable(), key=lambda slot: len(slot.in_flight)):
-            if slot.executor.retiring or self._is_stuck(slot, now):
+            if slot.executor.retiring or slot.loading in slot.in_flight or self._is_stuck(slot, now):
                 continue
             chunk = self._chunk(slot)
             if chunk:
@@ -393,10 +396,29 @@ class Dispatcher:
         here = self.executors.get(slot.executor.index) is slot.executor
         return here and number in slot.in_flight
 
+    def loading(self, slot: Slot, numbers: Iterable[int]) -> list[ClaimedJob]:
+        """Those of the jobs that are loaded for this slot that it is still to get."""
+        return [slot.in_flight[number] for number in numbers if self.has(slot, number)]
+
     def loaded(self, slot: Slot, now: float) -> None:
-        """The arguments of the job that was to be sent are there: it is sent now."""
+        """The arguments of jobs that were to be sent are there: they are sent now."""
         slot.loading = 0
         slot.progress = (slot.board.started, now)
+        self._load_at_once = min(2 * self._load_at_once, LOAD_JOBS)
+
+    def load_less(self) -> None:
+        """So many jobs cannot be loaded together."""
+        self._load_at_once = 1
+
+    def put_back(self, slot: Slot, jobs: Sequence[ClaimedJob]) -> None:
+        """Some of the jobs that were to be sent wait again."""
+        for job in reversed(jobs):
+            self._waiting.appendleft(slot.in_flight.pop(job.number))
+        slot.executor.sent -= len(jobs)
+
+    def forget(self, slot: Slot, number: int) -> None:
+        """A job that was to be sent is no longer ours."""
+        del slot.in_flight[number]
 
     def unreadable(self, slot: Slot, number: int, why: str) -> None:
         """The arguments of a job that was to be sent cannot be read from the database."""
@@ -655,7 +677,11 @@ class Dispatcher:
         while waiting and len(chunk) < room and (len(chunk) < share or planned < WORTH_SHARING):
             job = waiting[0]
             expected = expect(job.task)
-            if expected is None or expected > SHORT or job.args is None:
+            large = job.args is None
+            if chunk and large is not (chunk[0].args is None):
+                break
+            crowded = large and (slot.in_flight or len(chunk) >= self._load_at_once)
+            if expected is None or expected > SHORT or crowded:
                 if not chunk and not slot.in_flight:
                     chunk.append(waiting.popleft())
                 break

@@ -17,6 +17,7 @@ from pgqueue.worker.claimer import Claimer, TaskFilter
 from pgqueue.worker.crew import Crew
 from pgqueue.worker.dispatcher import Dispatcher, Executor
 from pgqueue.worker.lanes import Lanes
+from pgqueue.worker.payloads import Payloads
 from pgqueue.worker.wire import TaskFacts
 
 
@@ -30,6 +31,7 @@ class Pool:
     crew: Crew
     lanes: Lanes
     claimer: Claimer
+    payloads: Payloads
 
 
 def filters(own: str, tasks: Mapping[str, TaskFacts]) -> dict[str, TaskFilter]:

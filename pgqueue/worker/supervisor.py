@@ -26,20 +26,19 @@ from collections.abc import Coroutine, Mapping, Sequence
 from random import Random
 from typing import Any, Literal, TypeVar
 
-import msgspec
-
 from pgqueue.config import Config
-from pgqueue.database.link import QUERY_CANCELED, Call, GroupFailed, Link, Row
+from pgqueue.database.link import Call, GroupFailed, Link
 from pgqueue.database.listener import Listener
 from pgqueue.database.migrate import require_revision
 from pgqueue.errors import ConfigError, DatabaseUnavailable, PgQueueError, SchemaMismatch
 from pgqueue.worker.claimer import EVERY_QUEUE, Claimer, TaskFilter
 from pgqueue.worker.crew import RESTART_FIRST, Crew
-from pgqueue.worker.dispatcher import STALL, Dispatcher, Executor, Slot
+from pgqueue.worker.dispatcher import STALL, Dispatcher, Executor
 from pgqueue.worker.health import Health, HealthService
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes
 from pgqueue.worker.maintenance import Maintenance
+from pgqueue.worker.payloads import Payloads
 from pgqueue.worker.pools import Pool, Pools, filters
 from pgqueue.worker.processes import Processes
 from pgqueue.worker.scheduler import Scheduler
@@ -55,8 +54,6 @@ TOLD_OF_QUEUES_SINCE = "0013"
 """The revision from which on the first job in a new queue is notified."""
 DESCRIBED_SINCE = "0008"
 """The revision from which on a worker's row says what it knows."""
-PAYLOAD_TIMEOUTS = 3
-"""How often loading the arguments of one job may time out before they count as unreadable."""
 KILL_PATIENCE = 5.0
 """Seconds until a killed executor counts as gone although its fork server, which may be stuck, does not say
 so."""
@@ -193,7 +190,11 @@ class Supervisor:
             tasks=tasks,
             everything=self._everything,
         )
-        return Pool(name, size, dispatcher, Crew(self._processes, dispatcher, name, size), lanes, claimer)
+        payloads = Payloads(
+            self._maintenance_link, dispatcher, send=self._processes.send, freed=lambda: self._freed(claimer)
+        )
+        crew = Crew(self._processes, dispatcher, name, size)
+        return Pool(name, size, dispatcher, crew, lanes, claimer, payloads)
 
     async def run(self) -> bool:
         """Serve until `stop` is called; returns whether every running job could finish and was acked.
@@ -389,40 +390,12 @@ class Supervisor:
                 if jobs[0].args:
                     self._processes.send(slot, jobs)
                 else:
-                    self._spawn(self._send_large(slot, jobs[0].number))
+                    self._spawn(pool.payloads.load(slot, jobs))
 
-    async def _send_large(self, slot: Slot, number: int) -> None:
-        """Load the arguments of a job that were too large to travel with the claim, and send it."""
-        job = slot.in_flight.get(number)
-        if job is None:
-            return
-        pool = self._pools.of(slot.executor)
-        rows: list[Row] | None = None
-        timeouts = 0
-        while rows is None and pool.dispatcher.has(slot, number):
-            try:
-                rows = await self._maintenance_link.call(
-                    "load_payload", id=job.id, attempt=job.attempt, worker=job.worker
-                )
-            except PgQueueError as error:
-                log.warning("payload_not_loaded job=%s error=%s", job.id, error)
-                timeouts += isinstance(error, GroupFailed) and error.sqlstate == QUERY_CANCELED
-                if timeouts == PAYLOAD_TIMEOUTS or (isinstance(error, GroupFailed) and error.blames_the_row):
-                    pool.dispatcher.unreadable(slot, number, str(error))
-                    self._send_out()
-                    pool.claimer.poke()
-                    return
-                await asyncio.sleep(0.5)
-        if rows is None or not pool.dispatcher.has(slot, number):
-            return
-        if not rows:
-            log.warning("payload_gone job=%s attempt=%d", job.id, job.attempt)
-            del slot.in_flight[number]
-            pool.claimer.poke()
-            return
-        ((args, kwargs, job.headers),) = rows
-        pool.dispatcher.loaded(slot, clock())
-        self._processes.send(slot, [msgspec.structs.replace(job, args=args, kwargs=kwargs)])
+    def _freed(self, claimer: Claimer) -> None:
+        """A slot has got nothing of what it was to get."""
+        self._send_out()
+        claimer.poke()
 
     def on_message(self, executor: Executor, messages: list[FromExecutor]) -> None:
         """An executor reports what became of its jobs."""

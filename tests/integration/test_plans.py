@@ -109,7 +109,7 @@ HOT = {
     "ack_forgotten": Hot({**FENCE, "ids": ID_LIST}, BY_ID),
     "ack_snoozed": Hot({**FENCE, "ids": ID_LIST, "delays": [1.0] * len(IDS)}, BY_ID),
     "release_jobs": Hot({**FENCE, "ids": ID_LIST}, BY_ID),
-    "load_payload": Hot({**FENCE, "id": IDS[0]}, BY_ID),
+    "load_payloads": Hot({"ids": IDS[:8], "attempts": [1] * 8, "workers": [ME] * 8}, BY_ID),
     "promote_jobs": Hot(
         {"after": 1.0, "upto": None, "mark": False, "now": None, "batch": 500},
         {"jobs_scheduled": ("eta >", "eta <"), **BY_ID},

@@ -277,8 +277,8 @@ def test_reading_changes_nothing_and_shows_a_worker_only_its_own(connection: Con
     before = everything(connection)
 
     for state, job_id in jobs.items():
-        rows = do(connection, "load_payload", id=job_id, attempt=1, worker=ME)
-        assert rows == ([("[]", "{}", "{}")] if state == "mine" else []), state
+        rows = do(connection, "load_payloads", ids=[job_id], attempts=[1], workers=[ME])
+        assert rows == ([(job_id, "[]", "{}", "{}")] if state == "mine" else []), state
     listed, unreadable = decode_claimed(do(connection, "list_claimed", worker=ME), ME)
     assert {job.id for job in listed} == {jobs["mine"], jobs["mine, other attempt"]}
     assert not unreadable
@@ -491,9 +491,31 @@ def test_large_arguments_do_not_travel_with_the_claim(connection: Connection) ->
     assert jobs[small].args is not None
     for job_id in (large, random):
         assert jobs[job_id].args is jobs[job_id].kwargs is None
-        ((args, kwargs, headers),) = do(connection, "load_payload", id=job_id, attempt=1, worker=ME)
+        ((_, args, kwargs, headers),) = do(
+            connection, "load_payloads", ids=[job_id], attempts=[1], workers=[ME]
+        )
         assert len(args) + len(kwargs) > 8192
         assert headers == "{}"
+
+
+def test_arguments_behind_a_megabyte_of_others_are_for_the_next_time(connection: Connection) -> None:
+    sizes = (2_000, 2_000_000, 2_000, 10)
+    random = "".join(new_id() for _ in range(60_000))
+    jobs = sorted(new_id() for _ in sizes)  # they are read in this order
+    for job, size in zip(jobs, sizes, strict=True):
+        add(connection, id=job, args=[random[:size]])
+    claim(connection)
+
+    def load(ids: list[str]) -> list[int | None]:
+        count = len(ids)
+        rows = do(connection, "load_payloads", ids=ids, attempts=[1] * count, workers=[ME] * count)
+        assert [row[0] for row in rows] == ids
+        assert all((row[1] is None) is (row[2] is None) is (row[3] is None) for row in rows)
+        return [row[1] and len(row[1]) - 4 for row in rows]
+
+    assert load(jobs) == [2_000, 2_000_000, None, None]
+    assert load(jobs[1:]) == [2_000_000, None, None]
+    assert load(jobs[2:]) == [2_000, 10]
 
 
 # Finish
@@ -1506,8 +1528,8 @@ def test_a_hostile_row_is_claimed_read_and_ended_like_any_other(
     before, hostile, after = add(connection), add_hostile(connection, columns, "ready"), add(connection)
     jobs = {job.id: job for job in claim(connection)}
     assert jobs.keys() == {before, hostile, after}
-    ((args, kwargs, headers),) = do(connection, "load_payload", id=hostile, attempt=1, worker=ME)
-    assert all(isinstance(text, str) for text in (args, kwargs, headers))
+    ((_, *texts),) = do(connection, "load_payloads", ids=[hostile], attempts=[1], workers=[ME])
+    assert all(isinstance(text, str) for text in texts)
     listed, unreadable = decode_claimed(do(connection, "list_claimed", worker=ME), ME)
     assert {job.id for job in listed} == jobs.keys()
     assert not unreadable

@@ -14,6 +14,7 @@ from pgqueue.retry import RetryPolicy
 from pgqueue.worker.dispatcher import (
     CHUNK_JOBS,
     DEAF_TO_LARGE,
+    LOAD_JOBS,
     OTHERS_GRACE,
     PREFETCH_JOBS,
     STALL,
@@ -259,6 +260,31 @@ def test_a_large_job_is_sent_alone(make: Callable[..., Dispatcher]) -> None:
     jobs = [claimed("fast", args=None), claimed("fast")]
     dispatcher.add(jobs, 0.0)
     assert sent(dispatcher) == {1: [jobs[0].id]}
+
+
+def test_large_jobs_of_a_short_task_are_loaded_together(make: Callable[..., Dispatcher]) -> None:
+    dispatcher = make(2)
+    teach(dispatcher, "task", 0.0001)
+    large, small = [claimed(args=None) for _ in range(LOAD_JOBS + 1)], claimed()
+    dispatcher.add([*large, small, claimed(args=None)], 0.0)
+    first = next(dispatcher.slots)
+    (_, chunk), (_, rest) = dispatcher.assign(0.0)
+    assert [job.id for job in chunk] == [job.id for job in large[: len(chunk)]]
+    assert [job.id for job in rest] == [job.id for job in large[len(chunk) :]][: len(rest)]
+    assert 1 < len(chunk) <= LOAD_JOBS
+    assert dispatcher.assign(0.1) == [], "nothing goes ahead of what is loaded"
+
+    numbers = [job.number for job in chunk]
+    assert dispatcher.loading(first, numbers) == chunk
+    dispatcher.put_back(first, chunk[1:])
+    assert dispatcher.loading(first, numbers) == chunk[:1]
+    assert first.executor.sent == 1
+    dispatcher.load_less()
+    succeed(dispatcher, first, 1, 0.0001)
+    assert sent(dispatcher, 0.2) == {1: [chunk[1].id]}, "one at a time"
+    dispatcher.loaded(first, 0.3)
+    succeed(dispatcher, first, first.next_number - 1, 0.0001)
+    assert sent(dispatcher, 0.3) == {1: [job.id for job in chunk[2:4]]}, "and more again"
 
 
 def test_only_jobs_running_for_long_are_reported_as_running(make: Callable[..., Dispatcher]) -> None:

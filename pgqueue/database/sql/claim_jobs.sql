@@ -8,7 +8,7 @@
 -- Paused queues are left out, from their next claim on. They are read through JSON because the column need not be there.
 -- A fenced or missing worker gets nothing. `least`: one row that was written with an absurd attempt must not fail the
 -- claim of its whole lane. Args are printed up to 8 kB a value, so 500 jobs stay under 8 MiB; NULL means
--- fetch them with load_payload. `bare`: print none, when what takes a few bytes as stored would be a gigabyte (1e131071). Always one row; xmin is of the snapshot that looked. xmax: every transaction that had an id
+-- fetch them with load_payloads. `bare`: print none, when what takes a few bytes as stored would be a gigabyte (1e131071). Always one row; xmin is of the snapshot that looked. xmax: every transaction that had an id
 -- by then has a smaller one. With rows it is our own id: the snapshot's xmax is only one above the last id that has *ended*,
 -- and a writer that began later but took earlier positions may still be open above it. took: seconds. unseen: the queues that
 -- were left out: they are paused, or the worker may not claim.
