@@ -410,11 +410,13 @@ class Dispatcher:
         """So many jobs cannot be loaded together."""
         self._load_at_once = 1
 
-    def put_back(self, slot: Slot, jobs: Sequence[ClaimedJob]) -> None:
-        """Some of the jobs that were to be sent wait again."""
-        for job in reversed(jobs):
+    def put_back(self, slot: Slot, numbers: Sequence[int], now: float) -> None:
+        """Some of the jobs that were to be sent wait again, those that the slot is still to get."""
+        if not self._waiting:
+            self._waiting_since = now
+        for job in reversed(self.loading(slot, numbers)):
             self._waiting.appendleft(slot.in_flight.pop(job.number))
-        slot.executor.sent -= len(jobs)
+            slot.executor.sent -= 1
 
     def forget(self, slot: Slot, number: int) -> None:
         """A job that was to be sent is no longer ours."""
@@ -561,15 +563,22 @@ class Dispatcher:
                 continue
             if slot.loading in slot.in_flight:
                 continue  # it waits for us
-            first = min(slot.in_flight)
-            unheard = started < first
-            patience = DEAF if slot.in_flight[first].args else DEAF_TO_LARGE
-            if slot.stuck and (len(slot.in_flight) > 1 or (unheard and now - slot.progress[1] >= patience)):
-                slot.deaf = unheard
+            if now - slot.progress[1] >= self._patience(slot, started):
+                slot.deaf = started < min(slot.in_flight)
                 self._recall(slot)
                 running = slot.in_flight.get(started)
                 if running is not None:
                     self.pace.observe(running.task, now - slot.progress[1])
+
+    @staticmethod
+    def _patience(slot: Slot, started: int) -> float:
+        """Seconds from the last start, or the sending, after which what has not started is taken back."""
+        first = min(slot.in_flight)
+        if started < first and slot.in_flight[first].args is None:
+            return DEAF_TO_LARGE
+        if len(slot.in_flight) > 1:
+            return STALL
+        return DEAF if started < first else float("inf")
 
     def _end_overdue(self, job: ClaimedJob, facts: TaskFacts) -> None:
         """A job was killed at its hard time limit: dead, unless its task's policy says otherwise."""

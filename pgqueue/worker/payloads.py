@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 import msgspec
 
@@ -32,7 +32,7 @@ class Payloads:
 
     Args:
         send: Called with jobs that have arguments.
-        freed: Called when a slot that was to get jobs has got none.
+        freed: Called when jobs wait again, or a slot has got none of what it was to get.
     """
 
     def __init__(
@@ -48,56 +48,67 @@ class Payloads:
         self._send = send
         self._freed = freed
 
-    async def load(self, slot: Slot, jobs: list[ClaimedJob]) -> None:
+    def load(self, slot: Slot, jobs: list[ClaimedJob]) -> Coroutine[None, None, None]:
         """Load the arguments of jobs that this slot is to get, and send them."""
+        # By number, and from now on: a job that is taken back meanwhile gets another one.
+        return self._load(slot, [job.number for job in jobs])
+
+    async def _load(self, slot: Slot, numbers: list[int]) -> None:
         dispatcher = self._dispatcher
-        numbers = [job.number for job in jobs]  # a job that is taken back gets another one
         timeouts = 0
-        while here := dispatcher.loading(slot, numbers):
+        while jobs := dispatcher.loading(slot, numbers):
             try:
-                rows = await self._rows(here)
+                rows = await self._rows(jobs)
                 break
             except PgQueueError as error:
-                refused = isinstance(error, GroupFailed)
-                if refused and len(here) > 1:
+                asked, jobs = len(jobs), dispatcher.loading(slot, numbers)
+                if not jobs:
+                    return
+                if isinstance(error, GroupFailed) and asked > 1:
                     dispatcher.load_less()
-                    dispatcher.put_back(slot, here[1:])
+                    dispatcher.put_back(slot, numbers[1:], clock())
                     continue
-                log.warning("payload_not_loaded job=%s error=%s", here[0].id, error)
+                log.warning("payload_not_loaded job=%s error=%s", jobs[0].id, error)
                 if isinstance(error, GroupFailed):
                     timeouts += error.sqlstate == QUERY_CANCELED
                     if timeouts == TIMEOUTS or error.blames_the_row:
-                        dispatcher.unreadable(slot, here[0].number, str(error))
+                        dispatcher.unreadable(slot, jobs[0].number, str(error))
                         self._freed()
                         return
                 await asyncio.sleep(PAUSE)
         else:
-            return  # taken back meanwhile
+            return
+        self._loaded(slot, numbers, rows)
+
+    def _loaded(self, slot: Slot, numbers: list[int], rows: dict[tuple[str, int], Row]) -> None:
+        dispatcher = self._dispatcher
         loaded: list[ClaimedJob] = []
-        next_time: list[ClaimedJob] = []
+        next_time: list[int] = []
         for job in dispatcher.loading(slot, numbers):
-            if job.id not in rows:
+            row = rows.get((job.id, job.attempt))
+            if row is None:
                 log.warning("payload_gone job=%s attempt=%d", job.id, job.attempt)
                 dispatcher.forget(slot, job.number)
                 continue
-            args, kwargs, headers = rows[job.id]
+            args, kwargs, headers = row
             if args is None:
-                next_time.append(job)
+                next_time.append(job.number)
             else:
                 job.headers = headers
                 loaded.append(msgspec.structs.replace(job, args=args, kwargs=kwargs))
-        dispatcher.put_back(slot, next_time)
+        dispatcher.put_back(slot, next_time, clock())
         if loaded:
             dispatcher.loaded(slot, clock())
             self._send(slot, loaded)
-        else:
+        if next_time or not loaded:
             self._freed()
 
-    async def _rows(self, jobs: list[ClaimedJob]) -> dict[str, Row]:
+    async def _rows(self, jobs: list[ClaimedJob]) -> dict[tuple[str, int], Row]:
+        """By id and attempt."""
         rows = await self._link.call(
             "load_payloads",
             ids=[job.id for job in jobs],
             attempts=[job.attempt for job in jobs],
             workers=[job.worker for job in jobs],
         )
-        return {job_id: tuple(texts) for job_id, *texts in rows}
+        return {(job_id, attempt): tuple(texts) for job_id, attempt, *texts in rows}

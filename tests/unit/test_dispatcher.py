@@ -276,7 +276,7 @@ def test_large_jobs_of_a_short_task_are_loaded_together(make: Callable[..., Disp
 
     numbers = [job.number for job in chunk]
     assert dispatcher.loading(first, numbers) == chunk
-    dispatcher.put_back(first, chunk[1:])
+    dispatcher.put_back(first, [*numbers[1:], 99], 0.1)
     assert dispatcher.loading(first, numbers) == chunk[:1]
     assert first.executor.sent == 1
     dispatcher.load_less()
@@ -554,3 +554,18 @@ class TestFrozen:
         assert dispatcher.waiting == 0
         dispatcher.take_back_stalled(60.0 + DEAF_TO_LARGE)
         assert sent(dispatcher, 60.0 + DEAF_TO_LARGE) == {2: [job.id]}, "but not to start"
+
+    def test_a_chunk_of_large_jobs_has_time_to_arrive(self, make: Callable[..., Dispatcher]) -> None:
+        dispatcher = make(1)
+        teach(dispatcher, "task", 0.0001)
+        dispatcher.add([claimed(args=None) for _ in range(3)], 0.0)
+        ((slot, chunk),) = dispatcher.assign(0.0)
+        assert len(chunk) > 1
+        dispatcher.loaded(slot, 1.0)
+        dispatcher.take_back_stalled(1.0 + DEAF_TO_LARGE - 0.1)
+        assert (slot.deaf, list(slot.in_flight.values())) == (False, chunk)
+        slot.board.start(1)
+        dispatcher.take_back_stalled(11.0)
+        dispatcher.take_back_stalled(11.0 + 2 * STALL)
+        assert list(slot.in_flight.values()) == chunk[:1], "the first goes on for longer than it should"
+        assert not slot.deaf
