@@ -209,7 +209,7 @@ def _transactions(place: Bed, before: Any, jobs: int) -> Figures:
 def enqueue(run: Run) -> Variants:
     """Enqueues per second by mode, clients, and whether a worker is there."""
     found: Variants = {}
-    seconds = run.seconds(3)
+    seconds = run.seconds(1.5)
     with run.bed() as place:
         for served in (False, True):
             for mode in ("single", "bulk", "transaction"):
