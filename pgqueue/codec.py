@@ -321,11 +321,17 @@ def _depth(text: str) -> int:
 
     Beyond what is allowed it may be less than it is.
     """
-    brackets = text.count("[") + text.count("{")
+    brackets = 0
+    for bracket in "[{":  # not counted to the end: finding a few is forty times as fast
+        at = -1
+        while brackets <= MAX_DEPTH and (at := text.find(bracket, at + 1)) >= 0:
+            brackets += 1
     if brackets <= MAX_DEPTH:
         return brackets
     # Every other part between quotes is in a string. Then the innermost pairs go, level by level.
-    outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+    if "\\" in text:
+        text = text.replace("\\\\", "").replace('\\"', "")
+    outside = "".join(text.split('"')[::2])
     left = outside.encode(errors="replace").translate(_ONE_KIND, _NOT_BRACKETS)
     levels = 0
     while levels <= MAX_DEPTH + 1 and len(fewer := left.replace(b"[]", b"")) < len(left):

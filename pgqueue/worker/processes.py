@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -63,7 +64,7 @@ class _Line:
     channel: socket.socket
     outbox: Outbox
     frames: Frames = field(default_factory=Frames)
-    unsent: bytearray = field(default_factory=bytearray)
+    unsent: deque[memoryview] = field(default_factory=deque)
 
 
 @dataclass(slots=True, eq=False)
@@ -216,7 +217,7 @@ class Processes:
                 return
             data = frame(Jobs([_without_payload(jobs[0], len(data))], slot.number))
         if line.unsent:
-            line.unsent += data
+            line.unsent.append(memoryview(data))
             return
         try:
             sent = line.channel.send(data)
@@ -225,7 +226,7 @@ class Processes:
         except OSError:
             return  # it has just died: its exit is on the way
         if sent < len(data):
-            line.unsent += data[sent:]
+            line.unsent.append(memoryview(data)[sent:])
             self._loop.add_writer(line.channel, self._write, line)
 
     def prove(self, until: float) -> None:
@@ -319,14 +320,16 @@ class Processes:
         self.owner.on_message(line.executor, messages)
 
     def _write(self, line: _Line) -> None:
+        rest = line.unsent.popleft()
         try:
-            sent = line.channel.send(line.unsent)
+            rest = rest[line.channel.send(rest) :]
         except BlockingIOError:
-            return
+            pass
         except OSError:
             line.unsent.clear()
-        else:
-            del line.unsent[:sent]
+            rest = rest[:0]
+        if rest:
+            line.unsent.appendleft(rest)
         if not line.unsent:
             self._loop.remove_writer(line.channel)
 

@@ -246,22 +246,33 @@ class Frames:
     """Cuts a byte stream into frames."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._parts: list[bytes] = []
+        self._missing = 0
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The payloads completed by `data`; ValueError when the stream is not ours."""
-        stream = self._rest + data if self._rest else data
-        start, end = 0, len(stream)
+        if self._parts:
+            self._parts.append(data)
+            if len(data) < self._missing:
+                self._missing -= len(data)
+                return
+            data = b"".join(self._parts)
+            self._parts = []
+        start, end = 0, len(data)
+        missing = HEADER
         while end - start >= HEADER:
             payload = start + HEADER
-            length = int.from_bytes(stream[start:payload], "big")
+            length = int.from_bytes(data[start:payload], "big")
             if length > MAX_FRAME:
                 raise ValueError(f"a frame is at most {MAX_FRAME} bytes, got one of {length}")
             if end - payload < length:
+                missing = HEADER + length
                 break
             start = payload + length
-            yield stream[payload:start]
-        self._rest = stream[start:]
+            yield data[payload:start]
+        if start < end:
+            self._parts = [data[start:]]
+            self._missing = missing - (end - start)
 
 
 def decode_jobs(payload: bytes) -> Jobs:
