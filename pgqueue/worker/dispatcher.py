@@ -391,14 +391,11 @@ class Dispatcher:
             executor.retiring = True
             self.leaving.append(executor)
 
-    def has(self, slot: Slot, number: int) -> bool:
-        """Whether this executor is there and still has that job."""
-        here = self.executors.get(slot.executor.index) is slot.executor
-        return here and number in slot.in_flight
-
     def loading(self, slot: Slot, numbers: Iterable[int]) -> list[ClaimedJob]:
         """Those of the jobs that are loaded for this slot that it is still to get."""
-        return [slot.in_flight[number] for number in numbers if self.has(slot, number)]
+        if self.executors.get(slot.executor.index) is not slot.executor:
+            return []
+        return [slot.in_flight[number] for number in numbers if number in slot.in_flight]
 
     def loaded(self, slot: Slot, now: float) -> None:
         """The arguments of jobs that were to be sent are there: they are sent now."""

@@ -72,26 +72,10 @@ class Stage:
         self.freed += 1
 
     def add(self, count: int) -> None:
+        lane, counts = ("default", 5), (1, 0, None, 0, None)
         self.dispatcher.add(
             [
-                ClaimedJob(
-                    f"job-{n}",
-                    "default",
-                    5,
-                    n,
-                    "task",
-                    None,
-                    None,
-                    "{}",
-                    1,
-                    0,
-                    None,
-                    0,
-                    None,
-                    False,
-                    False,
-                    "me",
-                )
+                ClaimedJob(f"job-{n}", *lane, n, "task", None, None, "{}", *counts, False, False, "me")
                 for n in range(count)
             ],
             0.0,
