@@ -32,10 +32,10 @@ import msgspec
 
 from pgqueue.database.dsn import retry_delay
 from pgqueue.database.link import QUERY_CANCELED, Call, GroupFailed, Link, Row
-from pgqueue.database.store import CLAIM_LIMIT, Claim, Outcome, ack_calls, decode_claim, decode_claimed
+from pgqueue.database.store import CLAIM_LIMIT, Claim, decode_claim, decode_claimed
 from pgqueue.errors import DatabaseUnavailable
-from pgqueue.failpoints import failpoint
 from pgqueue.job import ClaimedJob
+from pgqueue.worker.acker import Acker
 from pgqueue.worker.dispatcher import Dispatcher
 from pgqueue.worker.identity import Identity
 from pgqueue.worker.lanes import Lanes, Plan
@@ -107,6 +107,27 @@ class TaskFilter:
         return {"tasks": None if self.names is None else sorted(self.names), "but": self.but}
 
 
+@dataclass(slots=True)
+class _Look:
+    """A round's claim, and what goes with it.
+
+    Attributes:
+        hint: Arms the wake hint (True), disarms it (False), or leaves it (None).
+        out_of_date: Which hint it was that is armed.
+        hint_goes_along: In the claim's transaction, not in one of its own before.
+        held: What we knew to be ours when it asked what runs under our name; None when it does not ask.
+    """
+
+    worker: str
+    now: float
+    plan: Plan
+    hint: bool | None
+    out_of_date: int
+    groups: list[list[Call]]
+    hint_goes_along: bool = False
+    held: set[str] | None = None
+
+
 class Claimer:
     """Claims for `lanes`, hands jobs to `dispatcher`, and records its outcomes.
 
@@ -145,12 +166,10 @@ class Claimer:
         self._dispatch = dispatch
         self._next_eta = next_eta
         self._share = share
-        self._retried = retried
         self._poll_interval = poll_interval
         self._random = random
         self._event = asyncio.Event()
-        self._acking: list[Outcome] = []
-        self._aside: list[Outcome] = []
+        self._acker = Acker(link, dispatcher, share=share, retried=retried, wake=self.wake)
         self._bare = False
         self._first_outcome: float | None = None
         self._opened = 0
@@ -185,7 +204,7 @@ class Claimer:
     @property
     def unacked(self) -> int:
         """Outcomes that the database has not confirmed, or not passed on."""
-        return len(self._acking) + len(self._dispatcher.outcomes) + len(self._dispatcher.ended_nodes)
+        return self._acker.unacked
 
     def finish(self) -> None:
         """Let `run` end after the round it is in."""
@@ -244,7 +263,7 @@ class Claimer:
         now = clock()
         wanted = 0 if self.draining else self._dispatcher.wanted()
         claim = wanted > 0 and (
-            not self._looking or self._wake_now or now >= self._look_again_at or bool(self._waiting_acks())
+            not self._looking or self._wake_now or now >= self._look_again_at or self._acker.has_outcomes
         )
         if self._wake_now and not wanted:
             self._looking = False  # there is work, but no slot yet: look again as soon as there is one
@@ -260,7 +279,7 @@ class Claimer:
 
     async def flush(self) -> None:
         """Ack everything there is, without claiming, for as long as it takes."""
-        self._try_aside_again()
+        self._acker.try_aside_again()
         while self.unacked:
             try:
                 await self._round(0, clock())
@@ -270,15 +289,12 @@ class Claimer:
     @property
     def _has_nothing(self) -> bool:
         """Asleep, with no ack to come: what is due can share the transaction of the next look."""
-        return self.asleep and not self.unacked and not self._aside
-
-    def _waiting_acks(self) -> list[Outcome]:
-        return self._acking or self._dispatcher.outcomes
+        return self.asleep and not self.unacked and not self._acker.has_aside
 
     def _due(self, now: float) -> bool:
         """Whether the outcomes should go now: many, or old, or nothing else would come."""
         outcomes = self._dispatcher.outcomes
-        if self._acking or self._dispatcher.ended_nodes:
+        if self._acker.is_behind:
             return True
         if not outcomes:
             return False
@@ -334,7 +350,7 @@ class Claimer:
     async def _adopt_strays(self) -> None:
         """Where the look takes too long, it waits for the next time, and the claims go on."""
         self._put_off_strays()
-        self._try_aside_again()
+        self._acker.try_aside_again()
         try:
             self._tell_adopted(await self._adopt(self._identity.id))
         except GroupFailed as error:
@@ -345,96 +361,80 @@ class Claimer:
     def _put_off_strays(self) -> None:
         self._strays_at = clock() + self._strays_pause
         # What was set aside is not to wait longer each time.
-        self._strays_pause = STRAYS_INTERVAL if self._aside else min(2 * self._strays_pause, STRAYS_MOST)
+        self._strays_pause = (
+            STRAYS_INTERVAL if self._acker.has_aside else min(2 * self._strays_pause, STRAYS_MOST)
+        )
 
     @staticmethod
     def _tell_adopted(jobs: int) -> None:
         if jobs:
             log.warning("claim_adopted jobs=%d", jobs)
 
-    def _try_aside_again(self) -> None:
-        self._dispatcher.outcomes += self._aside
-        self._aside = []
-
     async def _round(self, wanted: int, now: float) -> None:
         """Acks, the wake hint and a claim, as far as each is due, in one round trip."""
-        dispatcher = self._dispatcher
-        self._acking += dispatcher.outcomes
-        dispatcher.outcomes = []
+        acks = self._acker.next_batch()
         self._first_outcome = None
-        batch = self._acking[: 2 * CLAIM_LIMIT]
-        acks = ack_calls(batch, clock())
-        groups: list[list[Call]] = [[call for call, _ in acks]] if acks else []
-        nodes = dispatcher.ended_nodes[:CLAIM_LIMIT] + [outcome.id for outcome in batch if outcome.settles]
-        if nodes:
-            groups.append([Call("settle_canvases", {"ids": "{" + ",".join(nodes) + "}"})])
-        plan: Plan | None = None
-        hint: bool | None = None
-        shared = False
-        held: set[str] | None = None
-        out_of_date = self._out_of_date
-        worker = self._identity.id
-        if wanted:
-            plan = self._lanes.plan(wanted, now, to_the_end=self._looking)
-            parameters = {**plan.parameters(), **self._tasks.parameters(), "worker": worker}
-            claim = [Call("claim_jobs", {**parameters, "bare": self._bare})]
-            hint = self._hint(now)
-            if hint is not None:
-                shared = hint and self._armed_at is not None and now - self._armed_at < HINT_HOLDS - 1
-                if shared:
-                    claim.append(self._hint_call(hint))
-                else:
-                    groups.append([self._hint_call(hint)])
-            if now >= self._strays_at and self._has_nothing:
-                held = dispatcher.holds
-                claim.insert(0, Call("list_claimed", {"worker": worker}))
-            groups.append(claim)
+        look = self._next_look(wanted, now) if wanted else None
+        groups = acks.groups + look.groups if look else acks.groups
         if not groups:
             return
         try:
             answers = await self._link.run(*groups)
         except (DatabaseUnavailable, asyncio.CancelledError):
-            for outcome in batch:
-                outcome.uncertain = True
+            acks.uncertain()
             raise
         except GroupFailed as error:
-            if nodes and error.group == bool(acks):
-                # Not for ever: maintenance passes them on, and the claims must go on.
-                log.warning("canvas_not_settled nodes=%d error=%s", len(nodes), error)
-                self._forget_nodes(nodes)
-                if acks:
-                    self._acked(batch, acks, error.rows[0])
+            if error.group < len(acks.groups):
+                await self._acker.refused(acks, error)
                 return
-            if not acks or error.group > 0:
-                # Arguments of a few bytes may be a gigabyte as text: then claim without printing any.
-                self._bare = plan is not None and (error.blames_the_row or error.sqlstate == QUERY_CANCELED)
-                if shared or held is not None:
-                    self._armed_at = None  # each on its own next time
-                if acks:
-                    self._acked(batch, acks, error.rows[0])
-                if plan is not None and error.sqlstate == QUERY_CANCELED:
-                    # Perhaps there is too much to walk over, and always will be.
-                    ((position, xid),) = await self._link.call("last_position")
-                    self._lanes.go_in_steps(position, xid)
-                raise
-            await self._split(batch, error)
-            return
-        if acks:
-            failpoint("ack_after_commit")
-            self._acked(batch, acks, answers[0])
-        if nodes:
-            self._settled(nodes, answers[bool(acks)][0])
-        if plan is not None:
-            if hint is not None:
-                self._armed_at = now if hint and out_of_date == self._out_of_date else None
-                self._disarmed_at = self._disarmed_at if hint else now
-                if not shared:
-                    self._pause = FIRST_PAUSE
-            rows = answers[-1]
-            if held is not None:
-                self._put_off_strays()
-                self._tell_adopted(self._take_over(rows.pop(0), worker, held))
-            await self._claimed(plan, rows[0], worker, now)
+            self._acker.recorded(acks, error.rows)
+            if look is not None:
+                await self._look_failed(look, error)
+            raise
+        self._acker.recorded(acks, answers)
+        if look is not None:
+            await self._looked(look, answers[len(acks.groups) :])
+
+    def _next_look(self, wanted: int, now: float) -> _Look:
+        worker = self._identity.id
+        plan = self._lanes.plan(wanted, now, to_the_end=self._looking)
+        parameters = {**plan.parameters(), **self._tasks.parameters(), "worker": worker}
+        claim = [Call("claim_jobs", {**parameters, "bare": self._bare})]
+        look = _Look(worker, now, plan, self._hint(now), self._out_of_date, [claim])
+        if look.hint is not None:
+            armed = self._armed_at
+            look.hint_goes_along = look.hint and armed is not None and now - armed < HINT_HOLDS - 1
+            if look.hint_goes_along:
+                claim.append(self._hint_call(look.hint))
+            else:
+                look.groups.insert(0, [self._hint_call(look.hint)])
+        if now >= self._strays_at and self._has_nothing:
+            look.held = self._dispatcher.holds
+            claim.insert(0, Call("list_claimed", {"worker": worker}))
+        return look
+
+    async def _looked(self, look: _Look, answers: list[list[list[Row]]]) -> None:
+        hint = look.hint
+        if hint is not None:
+            self._armed_at = look.now if hint and look.out_of_date == self._out_of_date else None
+            self._disarmed_at = self._disarmed_at if hint else look.now
+            if not look.hint_goes_along:
+                self._pause = FIRST_PAUSE
+        rows = answers[-1]
+        if look.held is not None:
+            self._put_off_strays()
+            self._tell_adopted(self._take_over(rows.pop(0), look.worker, look.held))
+        await self._claimed(look.plan, rows[0], look.worker, look.now)
+
+    async def _look_failed(self, look: _Look, error: GroupFailed) -> None:
+        # Arguments of a few bytes may be a gigabyte as text: then claim without printing any.
+        self._bare = error.blames_the_row or error.sqlstate == QUERY_CANCELED
+        if look.hint_goes_along or look.held is not None:
+            self._armed_at = None  # each on its own next time
+        if error.sqlstate == QUERY_CANCELED:
+            # Perhaps there is too much to walk over, and always will be.
+            ((position, xid),) = await self._link.call("last_position")
+            self._lanes.go_in_steps(position, xid)
 
     async def _sweep(self, wanted: int, now: float) -> None:
         """Look at a stretch of what lies behind the cursors, if it is time for one."""
@@ -454,20 +454,6 @@ class Claimer:
         claim = await self._read(plan, rows, worker, now)
         if claim is not None and claim[0].jobs:
             self._looking = False
-
-    def _settled(self, nodes: list[str], rows: list[Row]) -> None:
-        """Forget what has been passed on; what it has released may be ours to claim."""
-        ((released, left_over, _more),) = rows
-        self._forget_nodes(nodes)
-        if left_over is not None:
-            self._dispatcher.ended_nodes += left_over.strip("{}").split(",")
-        if released:
-            self.wake()
-
-    def _forget_nodes(self, nodes: list[str]) -> None:
-        if self._dispatcher.ended_nodes:
-            done = set(nodes)
-            self._dispatcher.ended_nodes = [node for node in self._dispatcher.ended_nodes if node not in done]
 
     def _hint(self, now: float) -> bool | None:
         """Arm the wake hint (True), disarm it (False), or leave it (None)."""
@@ -593,7 +579,7 @@ class Claimer:
         jobs, unreadable = decode_claimed(rows, worker)
         held |= self._dispatcher.holds
         # By attempt: a job we gave back may have been claimed again in the round trip whose answer was lost.
-        ended = {(outcome.id, outcome.attempt) for outcome in self._acking + self._aside}
+        ended = self._acker.ended()
         unknown = [
             job
             for job in jobs
@@ -608,76 +594,6 @@ class Claimer:
         ]
         self._take(unknown)
         return len(unknown)
-
-    def _acked(
-        self, batch: list[Outcome], acks: list[tuple[Call, list[Outcome]]], rows: list[list[Row]]
-    ) -> None:
-        """Forget what the database has confirmed; report what it found in other hands."""
-        self._acking = self._acking[len(batch) :]
-        delays = [outcome.delay for outcome in batch if outcome.verb in ("retry", "snooze")]
-        if delays:
-            self._retried(min(delays))
-        released = {outcome.queue for outcome in batch if outcome.verb == "release"}
-        if released:
-            self._share(sorted(released))  # others have looked through the lanes that these were taken from
-        for (_, outcomes), answer in zip(acks, rows, strict=True):
-            done, done_ids = answer[0]
-            if done == len(outcomes):
-                continue
-            confirmed = set(done_ids or ())
-            stale = [o.id for o in outcomes if o.id not in confirmed and not o.uncertain]
-            if stale:
-                self._dispatcher.stale += len(stale)
-                first = outcomes[0]
-                log.warning(
-                    "ack_stale count=%d verb=%s attempt=%d worker=%s jobs=%s",
-                    len(stale),
-                    first.verb,
-                    first.attempt,
-                    first.worker,
-                    ",".join(stale[:3]) + (",…" if len(stale) > 3 else ""),
-                )
-
-    async def _split(self, batch: list[Outcome], why: GroupFailed) -> None:
-        """An ack was refused: halve the batch until the one job at fault stands alone, and replace what it
-        stores.
-        """
-        if not why.blames_the_row:
-            raise why
-        if len(batch) > 1:
-            middle = len(batch) // 2
-            for half in (batch[:middle], batch[middle:]):
-                await self._ack_alone(half)
-            return
-        outcome = batch[0]
-        log.error("ack_refused job=%s attempt=%d error=%s", outcome.id, outcome.attempt, why)
-        if outcome.verb == "finish" and outcome.result_error is None:
-            outcome.result, outcome.result_error = None, f"the database refused the result: {why}"[:1000]
-        elif outcome.verb in ("retry", "bury") and outcome.traceback is not None:
-            outcome.error_message, outcome.traceback = "(the database refused the error's text)", None
-        else:  # nothing of it is left to blame: it must not hold up the others
-            self._acking = [other for other in self._acking if other is not outcome]
-            self._aside.append(outcome)
-            return
-        await self._ack_alone([outcome])
-
-    async def _ack_alone(self, batch: list[Outcome]) -> None:
-        acks = ack_calls(batch, clock())
-        try:
-            answers = await self._link.run([call for call, _ in acks])
-        except GroupFailed as error:
-            await self._split(batch, error)
-            return
-        except DatabaseUnavailable:
-            for outcome in batch:
-                outcome.uncertain = True
-            raise
-        kept = {id(outcome) for outcome in batch}
-        self._dispatcher.ended_nodes += [outcome.id for outcome in batch if outcome.settles]
-        self._acking = [outcome for outcome in self._acking if id(outcome) in kept] + [
-            outcome for outcome in self._acking if id(outcome) not in kept
-        ]
-        self._acked(batch, acks, answers[0])
 
     async def _back_off(self, why: str) -> None:
         """Wait before trying again, longer each time; one line in the log for an outage, not one per try."""

@@ -71,7 +71,7 @@ def test_a_job_given_back_and_claimed_anew_in_one_lost_round_trip(
 
     async def scene(claimer: Claimer, dispatcher: Dispatcher, link: Link, job: str) -> None:
         worker = claimer._identity.id
-        claimer._acking = [Outcome(job, 1, worker, "release", queue="default", uncertain=True)]
+        claimer._acker._unconfirmed = [Outcome(job, 1, worker, "release", queue="default", uncertain=True)]
         await claimer.run_once()
         assert dispatcher.waiting == adopted
         with closing(psycopg.connect(db)) as connection:
