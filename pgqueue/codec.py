@@ -30,8 +30,9 @@ MAX_PAYLOAD_BYTES: Final = 1 << 20
 MAX_RESULT_BYTES: Final = 1 << 20
 
 _MAX_PLANS = 256
-_TOO_SHORT_FOR_A_WRONG_INT = 600
-"""An int of more than `MAX_INT_BITS` has more digits than that."""
+_MOST_WITH_AN_INT = 600
+"""Bytes: an int of more than `MAX_INT_BITS` has more digits than that."""
+_MOST_WITHOUT_INTS = MAX_PAYLOAD_BYTES - len(b"{}")
 _NUL = b"\\u0000"
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -82,7 +83,8 @@ class ArgumentCodec:
             self._signature = _without_context(self._signature, task)
         self._shapes: dict[str, Shape] = {}
         self._plans: dict[tuple[object, ...], _Plan] = {}
-        self._own_json: set[tuple[type, ...]] = set()
+        # Types whose values are their own JSON, without looking at each, and how long it may be for that.
+        self._own_json: dict[tuple[type, ...], int] = {}
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, str]:
         """The arguments as a JSON array and a JSON object; defaults are not sent.
@@ -92,17 +94,17 @@ class ArgumentCodec:
             PayloadError: An argument does not fit its annotation, or the payload its limits.
         """
         kinds = tuple(map(type, args))
-        if kinds in self._own_json and not kwargs:
+        if not kwargs and (most := self._own_json.get(kinds)) is not None:
             try:
                 data: bytes = _to_json(args)
             except (ValueError, TypeError):
                 data = _NUL
-            if len(data) < _TOO_SHORT_FOR_A_WRONG_INT and _NUL not in data:
+            if len(data) <= most and _NUL not in data:
                 return data.decode(), "{}"
         plan = self._plans.get((len(args), *kwargs)) or self._plan(args, kwargs)
         if plan.are_own_json(args, kwargs) and (texts := _quick_json(args, kwargs)) is not None:
             if not kwargs and float not in kinds and len(self._own_json) < _MAX_PLANS:
-                self._own_json.add(kinds)
+                self._own_json[kinds] = _MOST_WITH_AN_INT if int in kinds else _MOST_WITHOUT_INTS
             return texts
         positional = [_encode(*named, value) for named, value in zip(plan.args, args, strict=True)]
         keywords = {key: _encode(*plan.kwargs[key], value) for key, value in kwargs.items()}

@@ -481,6 +481,27 @@ def test_a_value_is_checked_however_many_of_its_type_have_passed(good: Any, bad:
                 codec.encode(([good],), {})
 
 
+def test_long_text_is_limited_however_much_of_it_has_passed() -> None:
+    codec = codec_for(str)
+    room = MAX_PAYLOAD_BYTES - len('[""]{}')
+    for _ in range(3):
+        (text,) = json.loads(codec.encode(("x" * room,), {})[0])
+        assert len(text) == room
+        with pytest.raises(PayloadError, match="at most 1,048,576 bytes"):
+            codec.encode(("x" * (room + 1),), {})
+
+
+def test_long_text_hides_no_int_that_is_too_large() -> None:
+    def task(a: str, b: int) -> None: ...
+
+    codec = ArgumentCodec(task, task="t", bound=False)
+    for a in ("x", "x" * 10_000):
+        for _ in range(3):
+            assert codec.encode((a, 1), {}) == (f'["{a}",1]', "{}")
+            with pytest.raises(PayloadError, match="b must have at most 2048 bits"):
+                codec.encode((a, 2**2048), {})
+
+
 def test_arguments_may_be_any_sequence_and_mapping() -> None:
     codec = codec_for(int)
     assert codec.encode(range(3, 4), {}) == ("[3]", "{}")
