@@ -217,10 +217,14 @@ class Report:
             cells = []
             for variant in variants:
                 each = [self._short("wake-up", peer, variant, f"p{part}_ms") for part in (50, 95, 99)]
-                cells.append("–" if "–" in each else " / ".join(each))
+                ratios = [
+                    self._results.ratios("wake-up", peer.name, variant, f"p{part}_ms") for part in (50, 99)
+                ]
+                to_ours = " / ".join(_number(statistics.median(values)) for values in ratios if values)
+                cells.append("–" if "–" in each else " / ".join(each) + (f" ({to_ours})" if to_ours else ""))
             if any(cell != "–" for cell in cells):
                 rows.append([_label(peer), *cells])
-        return _markdown(["p50 / p95 / p99 in ms", *variants], rows)
+        return _markdown(["p50 / p95 / p99 in ms (p50 / p99 to ours)", *variants], rows)
 
     def _args(self) -> str:
         rows = []
