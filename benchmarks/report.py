@@ -217,11 +217,8 @@ class Report:
             cells = []
             for variant in variants:
                 each = [self._short("wake-up", peer, variant, f"p{part}_ms") for part in (50, 95, 99)]
-                ratios = [
-                    self._results.ratios("wake-up", peer.name, variant, f"p{part}_ms") for part in (50, 99)
-                ]
-                to_ours = " / ".join(_number(statistics.median(values)) for values in ratios if values)
-                cells.append("–" if "–" in each else " / ".join(each) + (f" ({to_ours})" if to_ours else ""))
+                cell = "–" if "–" in each else " / ".join(each)
+                cells.append(cell + self._to_ours("wake-up", peer, variant, "p50_ms", "p99_ms"))
             if any(cell != "–" for cell in cells):
                 rows.append([_label(peer), *cells])
         return _markdown(["p50 / p95 / p99 in ms (p50 / p99 to ours)", *variants], rows)
@@ -314,9 +311,13 @@ class Report:
         return _middle(self._results.ratios(measure, peer.name, variant, figure))
 
     def _with_ratio(self, measure: str, peer: Peer, variant: str, figure: str) -> str:
-        ratios = self._results.ratios(measure, peer.name, variant, figure)
-        short = self._short(measure, peer, variant, figure)
-        return f"{short} ({_number(statistics.median(ratios))})" if ratios else short
+        return self._short(measure, peer, variant, figure) + self._to_ours(measure, peer, variant, figure)
+
+    def _to_ours(self, measure: str, peer: Peer, variant: str, *figures: str) -> str:
+        """Behind a cell: the medians of the ratios, nothing where there is none."""
+        each = [self._results.ratios(measure, peer.name, variant, figure) for figure in figures]
+        medians = [_number(statistics.median(ratios)) for ratios in each if ratios]
+        return f" ({' / '.join(medians)})" if medians else ""
 
 
 def _label(peer: Peer) -> str:
